@@ -1,0 +1,1436 @@
+#!/usr/bin/env python3
+"""Understanding the Behaviour of Contrastive Loss (Wang & Liu, CVPR 2021), reproduced in one file.
+
+    python ctl.py --tau 0.3          # train at one temperature, evaluate, put the result beside the paper's
+    python ctl.py --report           # the table of everything that was measured so far
+    python ctl.py --help             # every setting with its meaning, its value in each preset, and its source
+
+What the paper says. The contrastive loss pulls an image towards its own view and pushes it from all the others,
+and it pushes the nearest of them hardest; the temperature tau says by how much. At small tau only the nearest
+negatives count: features spread evenly over the sphere (uniformity), and images that are alike are torn apart.
+At large tau all negatives count alike: images that are alike may stay together (tolerance), and the sphere is
+filled less evenly. No tau gives both: the uniformity-tolerance dilemma.
+
+Reading order, the paper's subject first and the plumbing last:
+
+    1 Loss       Eqs. 1-9: the losses, their gradients in closed form
+    2 Metrics    Eqs. 10, 11, Fig. 8, kNN and the linear probe
+    3 Memory     the bank of all N embeddings that an image is compared with
+    4 Network    ResNet-18 for 32x32 images
+    5 Data       CIFAR, SVHN, a folder of images, or shapes made by code; and the augmentation
+    6 Training   the settings, one flat loop, evaluation, checkpoints
+    7 Results    the record of a run, and the table beside the paper's
+    8 Command    main()
+
+Shapes are written (B, N): B images of a batch (the anchors) against all N training images.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import io
+import json
+import math
+import numbers
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there two runs of one cell are not kept apart
+    fcntl = None
+
+PROTOCOL_VERSION = 1  # goes up when the same command would give other results; versions are never averaged
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ 1  LOSS                                                               paper, section 3, Eqs. 1-9 │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+#
+# Everything here is a function of s_ij = f(x_i)·g(x_j), the similarity of anchor i with training image j.
+# With d_ij = s_ij - s_ii, how far j is ahead of anchor i's own image, the paper's losses are three ways to
+# take the "typical" d of a row, from the hardest negative alone to all of them alike:
+#
+#     triplet       max_j d_ij                    tau -> 0         (Eq. 6 times tau)
+#     contrastive   log sum_j exp(d_ij / tau)     any tau          (Eq. 1)
+#     simple        mean_j d_ij                   tau -> infinity  (Eq. 7 times tau, less its constant)
+#
+# The sums run over all columns: the positive is one of them, with d_ii = 0. The hard losses (Eq. 9) keep the
+# positive and the k largest of the others.
+
+
+class NotFinite(ValueError):
+    """A similarity is NaN or infinite."""
+
+
+def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float, k: int | None = None) -> Tensor:
+    """The contrastive loss of each anchor, Eq. 1; with k the hard contrastive loss, Eq. 9.
+
+    similarity: (B, N) floating point, s_ij in [-1, 1] (any finite values will do).
+    positive: (B,) int64, the column of each anchor's own image. tau: the temperature, > 0.
+    k: keep only the k nearest negatives (all where there are fewer; ties at place k as `topk` breaks them).
+    Returns (B,), in [0, log N + 2/tau] for |s| <= 1. Raises ValueError where an argument is wrong.
+
+    >>> s = torch.tensor([[0.9, 0.5, -0.2]])
+    >>> round(contrastive_loss(s, torch.tensor([0]), tau=0.1).item(), 6)  # log(1 + e^-4 + e^-11)
+    0.018166
+    """
+    s_ii = _positive_similarity(similarity, positive, tau, k)  # (B, 1)
+    if k is not None:
+        similarity = torch.cat([s_ii, nearest_negatives(similarity, positive, k)[0]], dim=1)  # (B, 1 + k)
+    # Eq. 1: L = -log[ exp(s_ii/tau) / sum_k exp(s_ik/tau) ] = log sum_k exp((s_ik - s_ii)/tau)
+    return torch.logsumexp((similarity - s_ii) / tau, dim=1)
+
+
+def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> Tensor:
+    """The simple loss of each anchor: Eq. 3, weighted as in Eq. 7; with k the hard simple loss.
+
+    Arguments as in `contrastive_loss`. Returns (B,), in (-2, 2) for |s| <= 1; the minimum is negative.
+    Raises ValueError where an argument is wrong.
+
+    >>> simple_loss(torch.tensor([[1.0, 0.5, -0.9]]), torch.tensor([0])).item()  # -2/3 · 1 + 1/3 · (0.5 - 0.9)
+    -0.800000011920929
+    """
+    s_ii = _positive_similarity(similarity, positive, k=k)
+    if k is not None:
+        similarity = torch.cat([s_ii, nearest_negatives(similarity, positive, k)[0]], dim=1)
+    # Eq. 7 · tau - constant: -(n-1)/n · s_ii + 1/n · sum_{kept negatives} s_ij, with n = 1 + (negatives kept)
+    return (similarity - s_ii).mean(dim=1)
+
+
+def triplet_loss(similarity: Tensor, positive: Tensor) -> Tensor:
+    """What tau · (contrastive loss) tends to as tau -> 0: a triplet loss without margin, Eq. 6 times tau.
+
+    similarity, positive: as in `contrastive_loss`. Returns (B,), in [0, 2] for |s| <= 1: 0 where the positive is
+    nearest. Where several negatives are nearest they share the gradient. Raises ValueError where an argument is wrong.
+    """
+    s_ii = _positive_similarity(similarity, positive)
+    # Eq. 6 · tau: max(s_max - s_ii, 0); the positive's own column gives the 0
+    return (similarity - s_ii).amax(dim=1)
+
+
+def loss_gradient(similarity: Tensor, positive: Tensor, tau: float, k: int | None = None) -> Tensor:
+    """The gradient of `contrastive_loss` with respect to the similarities, in closed form: Eq. 4.
+
+    Arguments and errors as in `contrastive_loss`. Returns (B, N): in [0, 1/tau] at the negatives, in [-1/tau, 0] at
+    the positive, 0 at negatives that k drops. Each row sums to 0.
+    """
+    s_ii = _positive_similarity(similarity, positive, tau, k)
+    kept = _negatives(similarity, positive, k).scatter(1, positive[:, None], s_ii)  # (B, N)
+    # Eq. 2: P_ij = exp(s_ij/tau) / sum_k exp(s_ik/tau), here at the negatives
+    P = torch.softmax(kept / tau, dim=1).scatter(1, positive[:, None], 0.0)
+    # Eq. 4: dL/ds_ij = P_ij / tau and dL/ds_ii = -(1/tau) sum_{k != i} P_ik
+    return P.scatter(1, positive[:, None], -P.sum(dim=1, keepdim=True)) / tau
+
+
+def relative_penalty(similarity: Tensor, positive: Tensor, tau: float, k: int | None = None) -> Tensor:
+    """How the push on an anchor is shared among its negatives, Eq. 5 (Eq. 8 with k): a Boltzmann distribution.
+
+    Arguments and errors as in `contrastive_loss`. Returns (B, N), in [0, 1], each row summing to 1 (to 0 where there is
+    no negative, N = 1); 0 at the positive, whose similarity does not matter, and at negatives that k drops.
+    """
+    _positive_similarity(similarity, positive, tau, k)
+    # Eq. 5: r_i(s_ij) = exp(s_ij/tau) / sum_{k != i} exp(s_ik/tau)
+    r = torch.softmax(_negatives(similarity, positive, k) / tau, dim=1)
+    return r.scatter(1, positive[:, None], 0.0)
+
+
+def nearest_negatives(similarity: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest negatives of each anchor, Eq. 8: similarities and columns, (B, min(k, N - 1)), in no order."""
+    hidden = similarity.scatter(1, positive[:, None], -torch.inf)  # the positive is never among them
+    return hidden.topk(min(k, similarity.shape[1] - 1), dim=1, sorted=False)
+
+
+def _negatives(similarity: Tensor, positive: Tensor, k: int | None) -> Tensor:
+    """(B, N): similarity with -inf at the positive and at the negatives that k drops."""
+    if k is None:
+        return similarity.scatter(1, positive[:, None], -torch.inf)
+    values, columns = nearest_negatives(similarity, positive, k)
+    return torch.full_like(similarity, -torch.inf).scatter(1, columns, values)
+
+
+def _positive_similarity(similarity, positive, tau=1.0, k=None) -> Tensor:
+    """s_ii, as a column (B, 1), once the arguments are found right."""
+    if similarity.ndim != 2 or similarity.shape[1] == 0 or not similarity.is_floating_point():
+        raise ValueError(f"similarity must be (B, N) floating point with N >= 1, not {_describe(similarity)}")
+    if positive.dtype != torch.int64 or positive.shape != similarity.shape[:1]:
+        raise ValueError(f"positive must be int64 of shape ({len(similarity)},), not {_describe(positive)}")
+    if positive.device != similarity.device:
+        raise ValueError(f"positive is on {positive.device}, similarity on {similarity.device}")
+    if isinstance(tau, bool) or not isinstance(tau, numbers.Real) or not 0 < tau < math.inf:
+        raise ValueError(f"tau must be a finite number above 0, not {tau!r}")
+    if k is not None and (isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1):
+        raise ValueError(f"k must be a whole number, at least 1, not {k!r}")
+    # Values are looked at on the CPU alone: on a GPU a look would make it wait.
+    if similarity.device.type == "cpu" and not torch.compiler.is_compiling():
+        if len(positive) and not 0 <= positive.min() <= positive.max() < similarity.shape[1]:
+            raise ValueError(f"positive must lie in 0..{similarity.shape[1] - 1}, the columns of similarity")
+        if not similarity.isfinite().all():
+            raise NotFinite("similarity holds NaN or infinity")
+    return similarity.gather(1, positive[:, None])
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ 2  METRICS                                          paper, sections 4 and 5.1, Eqs. 10-11, Fig. 8 │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+#
+# z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees.
+# All are exact, over all pairs, a block of rows at a time: 10,000 embeddings need a few tens of MiB.
+
+BLOCK = 1024  # rows of a block
+
+
+def uniformity(z: Tensor, t: float = 2.0) -> float:
+    """How evenly embeddings fill the sphere: -L_uniformity of Eq. 10, over the pairs i < j.
+
+    z: (n, dim) unit vectors. Returns a value in [0, 4t]: 0 if all are equal, larger = more uniform (3.94 for many
+    vectors spread evenly over the sphere in 128 dimensions, at t = 2); nan for fewer than two vectors.
+    Raises ValueError for other vectors.
+    """
+    _unit_vectors(z=z)
+    n, total = len(z), 0.0
+    for i in range(0, n, BLOCK):
+        s = z[i:i + BLOCK] @ z[i:].T  # (b, n - i)
+        # |z_i - z_j|² = 2 - 2 s_ij for unit vectors, so exp(-t |z_i - z_j|²) = exp(2t (s_ij - 1))
+        total += torch.exp(2 * t * (s - 1)).triu(1).sum(dtype=torch.float64).item()
+    # Eq. 10: L_uniformity = log E exp(-t |f(x) - f(y)|²)
+    return -math.log(total / (n * (n - 1) / 2)) if n > 1 else math.nan
+
+
+def tolerance(z: Tensor, labels: Tensor) -> float:
+    """Mean similarity of two samples of the same class: Eq. 11 as the paper's text and table mean it, over pairs i < j.
+
+    z: (n, dim) unit vectors; labels: (n,) integers. Returns a value in [-1, 1]; nan where no class has two samples.
+    Raises ValueError for other vectors or labels. (Eq. 11 as printed averages over *all* pairs, 0 where classes
+    differ: with 100 classes that could not exceed 0.01, and Table 1 has 0.39.)
+    """
+    _unit_vectors(z=z)
+    if labels.shape != z.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels must be integers of shape ({len(z)},), not {_describe(labels)}")
+    _, label, count = labels.unique(return_inverse=True, return_counts=True)
+    z = z.double()
+    S = z.new_zeros(len(count), z.shape[1]).index_add(0, label, z)  # S_c: the sum of class c's vectors
+    # The pairs of class c, in either order and without self-pairs, add up to |S_c|² - sum_i |z_i|².
+    pairs = (count * (count - 1)).sum().item()
+    return ((S.square().sum() - z.square().sum()) / pairs).item() if pairs else math.nan
+
+
+def alignment(z1: Tensor, z2: Tensor) -> float:
+    """Mean squared distance of the two views of each image (Wang & Isola, ICML 2020, with exponent 2).
+
+    z1, z2: (n, dim) unit vectors, row i of both from image i. Returns a value in [0, 4], 0 if views do not matter.
+    Raises ValueError for other vectors.
+    """
+    _unit_vectors(z1=z1, z2=z2)
+    if z1.shape != z2.shape:
+        raise ValueError(f"z1 and z2 must have one shape, not {tuple(z1.shape)} and {tuple(z2.shape)}")
+    return (z1.double() - z2.double()).square().sum(dim=1).mean().item()
+
+
+def similarity_profile(z: Tensor, bank_or_z2: Tensor, positive: Tensor, top: int = 10) -> Tensor:
+    """Mean similarity of the positive, then of the nearest, second nearest, … negative: a panel of Fig. 8.
+
+    z: (n, dim) unit vectors, the anchors. bank_or_z2: (m, dim) unit vectors to compare with, row `positive[i]` being
+    anchor i's own. Returns (1 + top,) float64 on the CPU, in [-1, 1]; nan where there are fewer negatives than that.
+    Raises ValueError for other vectors.
+    """
+    _unit_vectors(z=z, bank_or_z2=bank_or_z2)
+    kept = min(top, len(bank_or_z2) - 1)
+    total = torch.zeros(1 + kept, dtype=torch.float64)
+    for rows, own in zip(z.split(BLOCK), positive.split(BLOCK)):
+        s = rows @ bank_or_z2.T  # (b, m)
+        s_ii = _positive_similarity(s, own)
+        negatives = nearest_negatives(s, own, max(kept, 1))[0].sort(dim=1, descending=True).values
+        total += torch.cat([s_ii, negatives], dim=1)[:, :1 + kept].sum(dim=0, dtype=torch.float64).cpu()
+    return F.pad(total / len(z), (0, top - kept), value=math.nan)
+
+
+def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor,
+                 k: int = 200, temperature: float = 0.07) -> float:
+    """Percent of test images whose k nearest training images vote for their class, with weights exp(s/temperature).
+
+    train_z, test_z: (n, dim), (m, dim) unit vectors; train_y, test_y: (n,), (m,) int64 classes from 0. All n vote
+    where n < k. The protocol is the authors' (Wu et al., CVPR 2018). Raises ValueError for other vectors.
+    """
+    _unit_vectors(train_z=train_z, test_z=test_z)
+    classes, right = 1 + max(train_y.max().item(), test_y.max().item()), 0
+    for z, y in zip(test_z.split(BLOCK), test_y.split(BLOCK)):
+        s, neighbour = (z @ train_z.T).topk(min(k, len(train_z)), dim=1)  # (b, k)
+        votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], torch.exp((s - 1) / temperature))
+        right += (votes.argmax(dim=1) == y).sum().item()
+    return 100 * right / len(test_y)
+
+
+def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, epochs: int = 100, lr: float = 30.0,
+                 momentum: float = 0.9, milestones: tuple[int, ...] = (40, 60, 80), gamma: float = 0.2,
+                 batch_size: int = 256, seed: int = 0) -> float:
+    """Percent of test images that a linear classifier on frozen features gets right, after its last epoch.
+
+    train_h: (n, d) features, or (V, n, d) for V views of each image, of which each epoch picks one at random (an
+    image and its mirror image: then this is training with random flips). test_h: (m, d). train_y, test_y: int64
+    classes from 0. SGD without weight decay, lr · gamma at the milestones (paper, section 5.1; batch, momentum and
+    flips from the authors' code, which reports its best epoch on the test set: this reports the last).
+    """
+    views = train_h if train_h.ndim == 3 else train_h[None]  # (V, n, d)
+    V, n, d = views.shape
+    rows = views.reshape(V * n, d)
+    layer = nn.Linear(d, 1 + int(max(train_y.max(), test_y.max())), device=rows.device, dtype=rows.dtype)
+    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # the problem is convex: no start is better than 0
+    optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=momentum)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones), gamma)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator)
+        view = torch.randint(V, (n,), generator=generator)
+        for image, row in zip(order.to(rows.device).split(batch_size), (view * n + order).to(rows.device).split(batch_size)):
+            optimiser.zero_grad()
+            F.cross_entropy(layer(rows[row]), train_y[image]).backward()
+            optimiser.step()
+        schedule.step()
+    with torch.no_grad():
+        return 100 * (layer(test_h).argmax(dim=1) == test_y).double().mean().item()
+
+
+def _unit_vectors(**embeddings: Tensor) -> None:
+    for name, z in embeddings.items():
+        if z.ndim != 2 or not z.is_floating_point():
+            raise ValueError(f"{name} must be (n, dim) floating point, not {_describe(z)}")
+        if not ((torch.linalg.vector_norm(z, dim=1) - 1).abs() < 1e-3).all():
+            raise ValueError(f"{name} must hold unit vectors: divide each row by its length first")
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ 3  MEMORY BANK                                                                paper, section 5.1 │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class MemoryBank:
+    """g(x_j) of every training image j: a moving average of its embeddings, a unit row each, (N, dim).
+
+    size: N. momentum: the share of the old row that stays, in [0, 1] (0.5 in the authors' code). init: "random", rows
+    drawn evenly from the sphere with `generator`, or the embeddings (N, dim) to begin with. Raises ValueError.
+    """
+
+    def __init__(self, size: int, dim: int = 128, momentum: float = 0.5, init: str | Tensor = "random",
+                 generator: torch.Generator | None = None, device: torch.device | str = "cpu"):
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie in [0, 1], not {momentum!r}")
+        rows = torch.randn(size, dim, generator=generator) if isinstance(init, str) and init == "random" else init
+        if not isinstance(rows, Tensor) or rows.shape != (size, dim):
+            raise ValueError(f'init must be "random" or a tensor of shape ({size}, {dim})')
+        self.rows = F.normalize(rows.detach().float(), dim=1).to(device)
+        self.momentum = momentum
+
+    def similarity(self, z: Tensor) -> Tensor:
+        """s_ij = f(x_i)·g(x_j). z: (B, dim). Returns (B, N), float32 whatever the network's precision."""
+        return z.float() @ self.rows.T
+
+    @torch.no_grad()
+    def update(self, index: Tensor, z: Tensor) -> None:
+        """Move the rows `index` (B,) towards the embeddings z (B, dim) of the same images, and back to the sphere."""
+        mixed = self.momentum * self.rows[index] + (1 - self.momentum) * z.float()
+        self.rows[index] = F.normalize(mixed, dim=1)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ 4  NETWORK                                                                    paper, section 5.1 │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and the way around them (He et al., CVPR 2016). (B, inside, s, s) -> (B, out, s/stride, s/stride)."""
+
+    def __init__(self, inside: int, out: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inside != out:
+            self.shortcut = nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """f(x): ResNet-18 with a 3x3 first convolution of stride 1 and no max-pooling, for images of 32x32.
+
+    x: (B, 3, size, size), normalised. width: channels of the first stage (64 in the paper); dim: of the embedding.
+    Convolutions start He-normal (fan-out), the head Xavier-uniform, as in the authors' code.
+    """
+
+    def __init__(self, width: int = 64, dim: int = 128):
+        super().__init__()
+        stages = [(width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 8 * width, 2)]
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stages = nn.Sequential(*(nn.Sequential(Block(i, o, s), Block(o, o, 1)) for i, o, s in stages))
+        self.head = nn.Linear(8 * width, dim)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.xavier_uniform_(self.head.weight), nn.init.zeros_(self.head.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """h, (B, 8·width): the pooled features that the linear probe sees."""
+        return self.stages(self.stem(x)).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """z, (B, dim): the embedding, of unit length, in float32 also where the network runs in bfloat16."""
+        return F.normalize(self.head(self.features(x)).float(), dim=1)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ 5  DATA                                                                       paper, section 5.1 │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class Stop(Exception):
+    """A run can't go on: one line that says why, and the exit status."""
+    status = 1  # the run failed
+
+
+class BadInput(Stop, ValueError):
+    status = 2  # wrong use: arguments, data, a record or checkpoint of another config
+
+
+class Busy(Stop):
+    status = 3  # another process is at work on this cell
+
+
+@dataclass
+class Data:
+    """A dataset whole: images uint8 (n, 3, size, size), labels int64 (n,) from 0."""
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(repr(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+DOWNLOADS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100,
+             "svhn": torchvision.datasets.SVHN}
+
+
+def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Data:
+    """The dataset of that name, downloaded into `root` unless it is there; or, for any other name, a folder of images.
+
+    Raises BadInput for data that is missing, broken or out of reach; Stop for a download that broke off.
+    """
+    if dataset == "shapes":
+        return load_shapes(size)
+    if dataset in DOWNLOADS:
+        return load_download(dataset, Path(root), size)
+    return load_folder(Path(dataset), size)
+
+
+def load_download(name: str, root: Path, size: int = 32) -> Data:
+    """CIFAR-10, CIFAR-100 or SVHN through torchvision, which checks the MD5 sums. Files already in `root` are used."""
+    if size != 32:
+        raise BadInput(f"{name} has images of 32x32: leave --size at 32")
+    parts = [{"split": "train"}, {"split": "test"}] if name == "svhn" else [{"train": True}, {"train": False}]
+
+    def read(download: bool) -> Data:
+        tensors = []
+        for part in parts:
+            data = DOWNLOADS[name](root, download=download, **part)
+            images = torch.as_tensor(data.data)  # CIFAR: (n, 32, 32, 3); SVHN: (n, 3, 32, 32)
+            tensors.append((images if name == "svhn" else images.permute(0, 3, 1, 2)).contiguous())
+            tensors.append(torch.as_tensor(data.labels if name == "svhn" else data.targets))
+        return Data(name, *tensors)
+
+    try:
+        return read(download=False)
+    except RuntimeError:
+        pass  # not there, or not whole
+    timeout = socket.getdefaulttimeout()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with lock(root / ".download.lock", wait=True):  # several runs may start at once
+            socket.setdefaulttimeout(30)
+            return read(download=True)
+    except urllib.error.URLError as error:
+        raise BadInput(f"cannot download {name} ({getattr(error, 'reason', error)}): put its files into {root} (--data), "
+                       "or name a folder of images or 'shapes' with --dataset")
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        raise Stop(f"the download of {name} into {root} broke off ({error}): run the command again")
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def load_folder(folder: Path, size: int = 32) -> Data:
+    """A folder with train/<class>/* and test/<class>/*: images of any size, resized so that the shorter side fits
+    (antialiased), the middle square cut out. Classes are numbered as sorted by name, as `train` has them."""
+    from torchvision.transforms import functional
+
+    def read(path: str) -> Tensor:
+        try:
+            with open(path, "rb") as file:
+                image = torchvision.datasets.folder.Image.open(file).convert("RGB")
+            if image.size != (size, size):
+                image = functional.center_crop(functional.resize(image, size), [size, size])
+            return functional.pil_to_tensor(image)
+        except Exception as error:  # Pillow raises many kinds on a broken file
+            raise BadInput(f"cannot read the image {path} ({str(error) or type(error).__name__}): mend or remove it")
+
+    tensors, classes = [], None
+    for part in ("train", "test"):
+        try:
+            files = torchvision.datasets.ImageFolder(folder / part)  # lists, and reads nothing yet
+        except OSError as error:
+            if not (folder / part).is_dir():
+                raise BadInput(f"no folder {folder / part}: a folder of images holds train/<class>/* and test/<class>/*")
+            raise BadInput(f"{folder / part}: {str(error).splitlines()[0]}")
+        classes = classes or files.class_to_idx
+        unknown = sorted(set(files.classes) - set(classes))
+        if unknown:
+            raise BadInput(f"{folder / part / unknown[0]}: {folder / 'train'} has no class of that name")
+        tensors.append(torch.stack([read(path) for path, _ in files.samples]))
+        tensors.append(torch.tensor([classes[files.classes[label]] for _, label in files.samples]))
+    name = folder.resolve().name
+    # A folder that is called like a dataset must not stand where the dataset's own records stand.
+    return Data(f"{name}-folder" if name in (*DOWNLOADS, "shapes") else name, *tensors)
+
+
+SHAPES = ("disk", "ring", "crescent", "square", "frame", "triangle", "star", "cross", "bar", "dots")
+
+
+def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
+    """Ten classes of shape, made by code, always the same. All else is nuisance: position, size, rotation, the two
+    colours, a grating behind and noise. Which of the two colours is the brighter is chance, so that neither colour
+    nor mean brightness tells the class."""
+    n, random = train + test, torch.Generator().manual_seed(0)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=random)
+
+    labels = torch.arange(n) % len(SHAPES)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres, in [-1, 1]
+    y, x = axis[:, None], axis[None, :]
+    # In the shape's own frame: moved, turned and scaled so that it fills about the unit disk.
+    angle, radius = uniform(0, 2 * math.pi), uniform(0.4, 0.7)
+    dx, dy = (x - uniform(-0.3, 0.3)) / radius, (y - uniform(-0.3, 0.3)) / radius
+    u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()  # (n, size, size)
+    inside = torch.empty(n, size, size)
+    for label, shape in enumerate(SHAPES):
+        of_class = labels == label
+        inside[of_class] = depth_inside(shape, u[of_class], v[of_class])
+    mask = (0.5 + inside * radius * size / 2).clamp(0, 1)[:, None]  # (n, 1, size, size), edges one pixel wide
+    behind = uniform(0, 1, 3)
+    front = (behind + uniform(0.3, 0.7, 3)) % 1
+    turn, waves, phase = uniform(0, 2 * math.pi), uniform(2, 8), uniform(0, 2 * math.pi)
+    grating = torch.sin(waves * (x * turn.cos() + y * turn.sin()) + phase)[:, None]
+    images = behind + mask * (front - behind) + (1 - mask) * uniform(-0.1, 0.1, 3) * grating
+    images = images + 0.03 * torch.randn(images.shape, generator=random)
+    images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Data("shapes", images[:train], labels[:train], images[train:], labels[train:])
+
+
+def depth_inside(shape: str, u: Tensor, v: Tensor) -> Tensor:
+    """About how far the point (u, v) lies inside the shape's edge; below 0 outside."""
+    r, box = torch.hypot(u, v), torch.maximum(u.abs(), v.abs())
+    fold = torch.atan2(v, u)
+    if shape == "disk":
+        return 0.85 - r
+    if shape == "ring":
+        return 0.17 - (r - 0.8).abs()
+    if shape == "crescent":
+        return torch.minimum(1 - r, torch.hypot(u - 0.5, v) - 0.8)
+    if shape == "square":
+        return 0.75 - box
+    if shape == "frame":
+        return 0.15 - (box - 0.7).abs()
+    if shape == "triangle":
+        return 0.5 - torch.stack([u * math.cos(a) + v * math.sin(a) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]).amax(0)
+    if shape == "star":
+        fold = (fold % (2 * math.pi / 5) - math.pi / 5).abs() / (math.pi / 5)  # 1 at a tip, 0 between two
+        return 0.4 + 0.7 * fold - r
+    if shape == "cross":
+        return torch.maximum(torch.minimum(1 - u.abs(), 0.27 - v.abs()), torch.minimum(1 - v.abs(), 0.27 - u.abs()))
+    if shape == "bar":
+        return torch.minimum(1 - u.abs(), 0.3 - v.abs())
+    return 0.38 - torch.hypot(u.abs() - 0.62, v)  # dots
+
+
+def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
+    """The images in a random order in which any first part holds as many of each class as there are, to within one."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    one_hot = F.one_hot(labels[shuffled])  # (n, classes)
+    rank = one_hot.cumsum(0)[torch.arange(len(labels)), labels[shuffled]]  # 1 for the first of a class, 2, …
+    return shuffled[rank.argsort(stable=True)]
+
+
+# Augmentation in two parts: what is drawn (on the CPU, so that all devices draw alike), and what is done with it
+# (to a whole batch at once, where the images are).
+
+GREY = (0.2989, 0.587, 0.114)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@dataclass
+class Augmentation:
+    """What is done to each of B images; a[rows] is what is done to those rows."""
+    crop: Tensor  # (B, 4) int64: top, left, height, width, in pixels
+    flip: Tensor  # (B,) bool
+    order: Tensor  # (B, 4) int64: which colour operation comes first, second, …
+    factor: Tensor  # (B, 4) float32: of brightness, contrast, saturation (1 = as it is), hue (0 = as it is)
+    grey: Tensor  # (B,) bool
+
+    def __getitem__(self, rows) -> Augmentation:
+        return Augmentation(*(value[rows] for value in vars(self).values()))
+
+    def to(self, device: torch.device | str) -> Augmentation:
+        return Augmentation(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+
+def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, flip: bool = True) -> Augmentation:
+    """Draw what to do to `count` images of size x size, by the paper's settings and torchvision's law.
+
+    RandomResizedCrop(size, scale=(0.2, 1)), ColorJitter(0.4, 0.4, 0.4, 0.4), horizontal flip, RandomGrayscale(0.2).
+    A crop that does not fit is drawn again, up to ten times in all, then the whole image is taken, as torchvision does.
+    """
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator)
+
+    area = size * size * (0.2 + 0.8 * rand(10))  # (count, 10): all ten tries at once
+    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * rand(10))
+    width, height = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    width = torch.where(found, width.gather(1, first)[:, 0], size)
+    height = torch.where(found, height.gather(1, first)[:, 0], size)
+    top, left = (rand() * (size - height + 1)).long(), (rand() * (size - width + 1)).long()
+    factor = torch.cat([0.6 + 0.8 * rand(3), -0.4 + 0.8 * rand(1)], dim=1)
+    return Augmentation(crop=torch.stack([top, left, height, width], dim=1), flip=(rand() < 0.5) & flip,
+                        order=rand(4).argsort(dim=1), factor=factor, grey=rand() < 0.2)
+
+
+def augment(images: Tensor, parameters: Augmentation) -> Tensor:
+    """Do to each image what was drawn for it. images: uint8 (B, 3, s, s). Returns float32 (B, 3, s, s) in [0, 1].
+
+    Equal to torchvision's transforms on float images; its PIL pipeline rounds to 256 levels after every step.
+    """
+    a, size = parameters, images.shape[-1]
+    top, left, height, width = a.crop.float().unbind(dim=1)
+    rows, columns = _resize_weights(top, height, size), _resize_weights(left, width, size)
+    columns = torch.where(a.flip[:, None, None], columns.flip(1), columns)
+    x = rows[:, None] @ (images.float() / 255) @ columns[:, None].transpose(2, 3)
+    # Brightness, contrast and saturation are one blend, cheap; the hue is dear: it is shifted once, between the
+    # blends that come before it and those that come after.
+    hue_place = (a.order == HUE).int().argmax(dim=1)
+    for place in range(3):
+        x = _blend(x, a, place, place < hue_place)
+    x = _shift_hue(x, a.factor[:, HUE])
+    for place in range(1, 4):
+        x = _blend(x, a, place, place > hue_place)
+    return torch.where(a.grey[:, None, None, None], _grey(x), x)
+
+
+def _resize_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """(B, size, size): row i holds the weights of the pixels that pixel i of the enlarged crop is made of (bilinear)."""
+    pixel = torch.arange(size, device=start.device)
+    at = (pixel + 0.5) * (length / size)[:, None] - 0.5  # in the crop; its own pixel centres are 0 … length - 1
+    at = start[:, None] + torch.minimum(at.clamp(min=0), length[:, None] - 1)
+    return (1 - (at[:, :, None] - pixel).abs()).clamp(min=0)
+
+
+def _grey(x: Tensor) -> Tensor:
+    r, g, b = x.unbind(dim=1)
+    return (GREY[0] * r + GREY[1] * g + GREY[2] * b)[:, None]  # (B, 1, s, s)
+
+
+def _blend(x: Tensor, a: Augmentation, place: int, active: Tensor) -> Tensor:
+    """The operation at that place: towards black, the mean grey or the pixel's own grey; nothing where not active."""
+    operation = a.order[:, place]
+    factor = a.factor.gather(1, operation[:, None])[:, 0]
+    operation, factor = operation[:, None, None, None], torch.where(active, factor, 1.0)[:, None, None, None]
+    grey = _grey(x)
+    towards = torch.where(operation == SATURATION, grey, grey.mean(dim=(2, 3), keepdim=True))
+    towards = torch.where(operation == BRIGHTNESS, 0.0, towards)
+    return (factor * x + (1 - factor) * towards).clamp(0, 1)
+
+
+def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` (B,), a share of the whole circle, keeping value and chroma (HSV)."""
+    r, g, b = x.unbind(dim=1)
+    value = x.amax(dim=1)
+    chroma = value - x.amin(dim=1)
+    c = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
+    hue = hue + 6 * shift[:, None, None]  # in sixths of the circle
+    # Each channel falls from `value` to `value - chroma` and rises again, a third of the circle after the one before.
+    corner = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    k = (corner + hue[:, None]) % 6  # (B, 3, s, s)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Views as the network wants them: the authors' mean and standard deviation, channels last."""
+    mean = torch.tensor([0.4914, 0.4822, 0.4465], device=x.device)[:, None, None]
+    std = torch.tensor([0.2023, 0.1994, 0.2010], device=x.device)[:, None, None]
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ 6  TRAINING                                                                   paper, section 5.1 │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+LOSSES = ("contrastive", "hard", "simple", "hard-simple", "triplet")
+WITH_TAU, WITH_K = ("contrastive", "hard"), ("hard", "hard-simple")
+
+
+def setting(default, help: str, source: str, type=None, choices=None, study: bool = True):
+    """A field of Config. study: it is part of what is studied, and so of the record; not where or how fast it runs."""
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, source=source, type=type or default.__class__, choices=choices, study=study))
+
+
+@dataclass
+class Config:
+    """The settings of one run; the defaults are the paper's protocol. Raises BadInput for a setting that is wrong or
+    that the run would ignore."""
+    loss: str = setting("contrastive", "which loss", "paper, Eqs. 1, 3, 6, 9", choices=LOSSES)
+    tau: float | None = setting(None, "temperature of the losses contrastive and hard; 0.3 if not given",
+                                "paper, Table 1: 0.07, 0.3, 0.7, 1.0", float)
+    dataset: str = setting("cifar10", "cifar10, cifar100, svhn, shapes, or a folder with train/<class>/* and "
+                           "test/<class>/*; not given: cifar10 if it can be had, else shapes", "paper, 5.1")
+    preset: str = setting("paper", "fills what the command line leaves open; not given: paper on a GPU, else mini",
+                          "paper, 5.1, or our choice", choices=("paper", "mini", "quick", "smoke"))
+    seed: int = setting(0, "every random draw follows from it", "paper: one run each")
+    epochs: int = setting(200, "passes over the training images", "paper, 5.1")
+    batch_size: int = setting(128, "images of a step; the last step of an epoch may have fewer", "paper, 5.1")
+    size: int = setting(32, "height and width of the images", "paper, 5.1")
+    width: int = setting(64, "channels of the first stage of ResNet-18", "paper, 5.1")
+    dim: int = setting(128, "dimensions of the embedding", "paper, 5.1")
+    lr: float = setting(0.03, "learning rate", "paper, 5.1")
+    momentum: float = setting(0.9, "of SGD", "paper, 5.1")
+    weight_decay: float = setting(5e-4, "of SGD, on all parameters", "paper, 5.1")
+    schedule: str = setting("step", "of the learning rate: times gamma at the milestones, or cosine to 0", "paper, 5.1",
+                            choices=("step", "cosine"))
+    milestones: tuple = setting((160, 190), "epochs at which the learning rate falls (step schedule)", "paper, 5.1", int)
+    gamma: float = setting(0.1, "factor at each milestone (step schedule)", "paper, 5.1")
+    warmup: float = setting(0.0, "epochs over which the learning rate rises from 0", "our choice", float)
+    bank_momentum: float = setting(0.5, "share of a bank row that an update keeps", "authors' code")
+    bank_init: str = setting("random", "start of the bank: random, or embeddings of one augmented view of each image, "
+                             "after centring the head", "authors' code", choices=("random", "embeddings"))
+    k: int | None = setting(None, "nearest negatives that the hard losses keep; 4095 if neither k nor alpha is given",
+                            "paper, 5.2", int)
+    alpha: float | None = setting(None, "the same as a share of the training images, rounded down", "paper, 5.2", float)
+    subset: int | None = setting(None, "train on that many images, of each class as many (the same for every seed)",
+                                 "our choice", int)
+    test_subset: int | None = setting(None, "test on that many images, of each class as many", "our choice", int)
+    flip: bool = setting(True, "horizontal flips in the augmentation", "paper, 5.1; the authors' code has none")
+    match_step: bool = setting(False, "multiply the loss by tau, so that the step does not grow as 1/tau", "our choice")
+    precision: str = setting("auto", "of the network; similarities and loss are float32 always. auto: bfloat16 on a GPU "
+                             "that has it, else float32", "our choice", choices=("auto", "float32", "bfloat16"))
+    eval_every: int = setting(10, "epochs between two looks at kNN, uniformity and tolerance; 0: none", "our choice")
+    device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, …", "", study=False)
+    threads: int | None = setting(None, "of the CPU; as PyTorch chooses if not given", "", int, study=False)
+    data: str = setting("data", "folder where downloads are or go", "", study=False)
+    results: str = setting("results", "folder for the record", "", study=False)
+    runs: str = setting("runs", "folder for the checkpoint", "", study=False)
+    force: bool = setting(False, "run it again where its record is there already", "", study=False)
+
+    def __post_init__(self):
+        def need(right: bool, what: str):
+            if not right:
+                raise BadInput(what)
+
+        for field in dataclasses.fields(self):
+            name, value, kind, choices = field.name, getattr(self, field.name), field.metadata["type"], field.metadata["choices"]
+            if value is None and field.default is None:
+                continue
+            if field.name == "milestones":
+                need(isinstance(value, (tuple, list)) and all(type(m) is int and m > 0 for m in value)
+                     and list(value) == sorted(set(value)), f"milestones must be rising whole epochs, not {value!r}")
+                self.milestones = tuple(value)
+                continue
+            if kind is float and type(value) is int:
+                value = float(value)
+                setattr(self, name, value)
+            need(type(value) is kind, f"{name} must be of type {kind.__name__}, not {value!r}")
+            need(kind is not float or math.isfinite(value), f"{name} must be finite, not {value!r}")
+            need(not choices or value in choices, f"{name} must be one of {', '.join(choices or ())}, not {value!r}")
+        for name in ("epochs", "batch_size", "width", "dim", "lr", "k", "subset", "test_subset", "threads", "tau"):
+            need(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("seed", "weight_decay", "gamma", "warmup", "eval_every"):
+            need(getattr(self, name) >= 0, f"{name} must not be below 0, not {getattr(self, name)}")
+        for name in ("momentum", "bank_momentum"):
+            need(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        need(self.batch_size > 1, "batch_size must be at least 2: batch normalisation compares images")
+        need(self.size >= 16 and self.size % 8 == 0, f"size must be a multiple of 8, at least 16, not {self.size}")
+        need(self.dataset != "", "dataset must not be empty")
+        # What would be ignored is refused.
+        need(self.tau is None or self.loss in WITH_TAU, f"the {self.loss} loss has no temperature: leave out tau")
+        need(not self.match_step or self.loss in WITH_TAU, f"the {self.loss} loss has no temperature: leave out match_step")
+        need((self.k is None and self.alpha is None) or self.loss in WITH_K,
+             f"the {self.loss} loss takes all negatives: leave out k and alpha")
+        need(self.k is None or self.alpha is None, "k and alpha say the same thing: give one of them")
+        need(self.alpha is None or 0 < self.alpha <= 1, f"alpha must lie in (0, 1], not {self.alpha}")
+        if self.loss in WITH_TAU and self.tau is None:
+            self.tau = 0.3
+        if self.loss in WITH_K and self.k is None and self.alpha is None:
+            self.k = 4095
+
+    def study(self) -> dict:
+        """The settings that the result depends on: what the record holds."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["study"]}
+
+
+MINI = dict(epochs=60, batch_size=64, width=16, schedule="cosine", warmup=3.0, bank_init="embeddings", alpha=0.0819,
+            subset=5000, eval_every=10)
+PRESETS = {
+    "paper": {},
+    "mini": MINI,
+    "quick": {**MINI, "dataset": "shapes", "epochs": 30, "width": 8, "subset": 1000, "test_subset": 1000, "eval_every": 0},
+    "smoke": {**MINI, "dataset": "shapes", "epochs": 3, "batch_size": 16, "width": 4, "dim": 16, "warmup": 1.0, "subset": 100,
+              "test_subset": 100, "eval_every": 2},
+}
+
+
+def make_config(preset: str = "paper", **given) -> Config:
+    """The preset's settings, but for those that are given. What the preset says of a setting that the given ones
+    rule out (alpha beside a given k, or with a loss without k; milestones are the step schedule's) falls away."""
+    if preset not in PRESETS:
+        raise BadInput(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
+    filled = dict(PRESETS[preset])
+    if given.get("loss", "contrastive") not in WITH_K or "k" in given:
+        filled.pop("alpha", None)
+    if {**filled, **given}.get("schedule") == "cosine":
+        if "milestones" in given or "gamma" in given:
+            raise BadInput("the cosine schedule has no milestones and no gamma: leave them out, or give schedule step")
+    return Config(**{**filled, **given, "preset": preset})
+
+
+def cell_path(config: Config, dataset: str) -> Path:
+    """<preset>/<dataset>/<loss>[_tau<tau>][_<field>-<value>…]_seed<k>: each setting that departs from the preset is in
+    the name, so that no run can stand where another belongs."""
+    same = {"loss": config.loss, "seed": config.seed, "dataset": config.dataset}
+    usual = make_config(config.preset, **same, **({"tau": config.tau} if config.tau else {})).study()
+    name = config.loss + (f"_tau{config.tau!r}" if config.tau else "")
+    for field, value in config.study().items():
+        if value != usual[field]:
+            name += f"_{field}-{'-'.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return Path(config.preset) / dataset / f"{name}_seed{config.seed}"
+
+
+def learning_rate(config: Config, at: float) -> float:
+    """The learning rate at a time, in epochs: 3.5 is half-way through the fourth."""
+    rise = min(1.0, at / config.warmup) if config.warmup else 1.0
+    if config.schedule == "cosine":
+        return config.lr * rise * (1 + math.cos(math.pi * at / config.epochs)) / 2
+    return config.lr * rise * config.gamma ** sum(at >= milestone for milestone in config.milestones)
+
+
+def training_loss(config: Config, similarity: Tensor, positive: Tensor, k: int | None) -> Tensor:
+    """The loss that the config names, (B,)."""
+    if config.loss == "triplet":
+        return triplet_loss(similarity, positive)
+    if config.loss in ("simple", "hard-simple"):
+        return simple_loss(similarity, positive, k)
+    loss = contrastive_loss(similarity, positive, config.tau, k)
+    return config.tau * loss if config.match_step else loss
+
+
+def generator(*key) -> torch.Generator:
+    """Random numbers that depend on the key alone (seed, purpose, epoch, step): a run can go on anywhere, exactly."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def train(config: Config) -> dict:
+    """Train, evaluate, write the record and return it. A finished record of the same config is returned as it is; an
+    unfinished run goes on from its checkpoint. Raises Stop or one of its kinds (BadInput, Busy, Interrupted)."""
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    data, folder_images = take_subset(load_dataset(config.dataset, config.data, config.size), config)
+    config = dataclasses.replace(config, dataset=data.name)  # a folder's own name: no path in the record
+    cell = cell_path(config, data.name)
+    record_path = Path(config.results) / f"{cell}.json"
+    checkpoint_path = Path(config.runs) / f"{cell}.pt"
+    identity = {"protocol_version": PROTOCOL_VERSION, "config": plain(config.study()), "data": data.sha256()}
+    probe_writable(record_path.parent), probe_writable(checkpoint_path.parent)
+    with lock(checkpoint_path.with_suffix(".lock")), Signals() as signals:
+        if record_path.exists() and not config.force:
+            record = read_record(record_path)
+            refuse_other(record_path, record, identity)
+            say(f"{record_path} is there already (--force runs it again)")
+            show(record, record_path)
+            return record
+        return run_cell(config, data, folder_images, device, identity, record_path, checkpoint_path, signals)
+
+
+def run_cell(config: Config, data: Data, available: int, device: torch.device, identity: dict, record_path: Path,
+             checkpoint_path: Path, signals: Signals) -> dict:
+    N, began = len(data.train_images), time.perf_counter()
+    k = config.k if config.alpha is None else max(1, int(config.alpha * N))
+    bfloat16 = config.precision == "bfloat16" or (
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    images, labels = data.train_images.to(device), data.train_labels.to(device)
+    data = dataclasses.replace(data, train_images=images, train_labels=labels,
+                               test_images=data.test_images.to(device), test_labels=data.test_labels.to(device))
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that all devices start alike
+        torch.manual_seed(generator(config.seed, "network").initial_seed())
+        model = ResNet18(config.width, config.dim)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimiser = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum,
+                                weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
+    saved = None if config.force else load_checkpoint(checkpoint_path, identity)
+    steps = math.ceil(N / config.batch_size)
+    name = f"{config.loss}{f' tau {config.tau}' if config.tau else ''}"
+    say(f"{name}, {data.name} ({N:,} of {available:,} training images), preset {config.preset}, seed {config.seed}: "
+        f"{config.epochs} epochs, about {duration(seconds_per_step(config, device, bfloat16) * steps * config.epochs)} "
+        f"on {device}{f' with {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}")
+
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        bank = MemoryBank(N, config.dim, config.bank_momentum, saved["bank"], device=device)
+        bank.rows = saved["bank"].to(device)  # to the bit: not even normalised again
+        epoch, step, losses = saved["epoch"], saved["step"], list(saved["losses"])
+        history, untrained, seconds = saved["history"], saved["untrained"], saved["seconds"]
+        say(f"going on from {checkpoint_path}: epoch {epoch + 1}, step {step + 1}")
+    else:
+        init: str | Tensor = "random"
+        if config.bank_init == "embeddings":
+            init = centre_head(model, images, config, device, bfloat16)
+        bank = MemoryBank(N, config.dim, config.bank_momentum, init, generator(config.seed, "bank"), device)
+        epoch, step, losses, history, seconds = 0, 0, [], [], 0.0
+        untrained = evaluate(model, data, config.seed, bfloat16)
+
+    def save() -> None:
+        if all(value.isfinite().all() for value in (*model.state_dict().values(), bank.rows, *losses)):
+            save_checkpoint(checkpoint_path, {
+                **identity, "model": model.state_dict(), "optimiser": optimiser.state_dict(), "bank": bank.rows, "epoch": epoch,
+                "step": step, "losses": [loss.cpu() for loss in losses], "history": history, "untrained": untrained,
+                "seconds": seconds + time.perf_counter() - began})
+
+    def stop_not_finite() -> None:
+        raise Stop(f"the loss is not finite in epoch {epoch + 1}: nothing recorded, the last good checkpoint stays in "
+                   f"{checkpoint_path}; try a lower --lr or a larger --tau")
+
+    last_saved, losses = time.perf_counter(), [torch.as_tensor(loss) for loss in losses]
+    while epoch < config.epochs:
+        order = torch.randperm(N, generator=generator(config.seed, "order", epoch)).split(config.batch_size)
+        epoch_began, first = time.perf_counter(), step
+        with tqdm(total=steps, initial=step, leave=False, disable=None, unit="step") as bar, signals.waiting():
+            for step in range(first, steps):
+                index = order[step]
+                for group in optimiser.param_groups:
+                    group["lr"] = learning_rate(config, epoch + step / steps)
+                drawn = draw_augmentation(len(index), generator(config.seed, "views", epoch, step), config.size, config.flip)
+                try:
+                    loss = train_step(model, bank, optimiser, images, index, drawn, config, k, bfloat16)
+                except NotFinite:
+                    stop_not_finite()
+                losses.append(loss)  # stays on the device: to look at it would make a GPU wait
+                step += 1
+                bar.update()
+                if signals.caught or time.perf_counter() - last_saved > 60:
+                    save()
+                    last_saved = time.perf_counter()
+                    signals.leave(checkpoint_path)
+        mean = torch.stack([loss.cpu() for loss in losses]).double().mean().item()
+        if not math.isfinite(mean):
+            stop_not_finite()
+        entry = {"epoch": epoch + 1, "loss": mean, "lr": learning_rate(config, epoch)}
+        rate = config.batch_size * (steps - first) / (time.perf_counter() - epoch_began)
+        epoch, step, losses = epoch + 1, 0, []
+        if config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
+            entry |= look(model, data, bfloat16)
+        history.append(entry)
+        left = (config.epochs - epoch) * steps * config.batch_size / rate
+        say(f"epoch {epoch:4}/{config.epochs}  loss {mean:8.4f}  lr {entry['lr']:.5f}  {rate:6.0f} images/s  "
+            f"{duration(left):>8} left" + "".join(f"  {key} {entry[key]:.3f}" for key in ("knn", "uniformity", "tolerance")
+                                                  if key in entry))
+    save()
+    final = {**evaluate(model, data, config.seed, bfloat16), "untrained": untrained}
+    total = seconds + time.perf_counter() - began
+    record = {**identity, "final": final, "history": history, "timing": {"seconds": total},
+              "environment": environment(device, bfloat16)}
+    record["data"] = {"sha256": identity["data"], "train": N, "test": len(data.test_images)}
+    record = plain(record)
+    record["sha256"] = record_sha256(record)
+    write_whole(record_path, (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    show(record, record_path)
+    return record
+
+
+def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor, index: Tensor,
+               drawn: Augmentation, config: Config, k: int | None, bfloat16: bool) -> Tensor:
+    """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the mean loss, ()."""
+    index = index.to(images.device, non_blocking=True)  # (B,), and the column of each anchor's own image
+    views = normalise(augment(images[index], drawn.to(images.device)))  # (B, 3, size, size)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+        z = model(views)  # (B, dim)
+    loss = training_loss(config, bank.similarity(z), index, k).mean()
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    bank.update(index, z.detach())  # after the step, as in the authors' code
+    return loss.detach()
+
+
+@torch.no_grad()
+def centre_head(model: ResNet18, images: Tensor, config: Config, device: torch.device, bfloat16: bool) -> Tensor:
+    """Set the head's bias so that the untrained embeddings have zero mean; return them, (N, dim), not normalised.
+
+    An untrained network maps all images into one narrow cone (similarity 0.99). Losses that push all negatives alike
+    hardly leave it; from zero mean they need not. One pass over augmented views, in training mode.
+    """
+    outputs = []
+    for step, batch in enumerate(images.split(config.batch_size)):
+        drawn = draw_augmentation(len(batch), generator(config.seed, "centre", step), config.size, config.flip)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            outputs.append(model.head(model.features(normalise(augment(batch, drawn.to(device))))).float())
+    outputs = torch.cat(outputs)
+    mean = outputs.mean(dim=0)
+    model.head.bias -= mean
+    return outputs - mean
+
+
+@torch.no_grad()
+def embed(model: ResNet18, images: Tensor, view=lambda images: images.float() / 255, bfloat16: bool = False) -> tuple[Tensor, Tensor]:
+    """Features h (n, 8·width) and embeddings z (n, dim) of a view of each image (the plain image), in evaluation mode."""
+    training, h, z = model.training, [], []
+    model.eval()
+    for batch in images.split(256):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+            features = model.features(normalise(view(batch)))
+            h.append(features.float())
+            z.append(F.normalize(model.head(features).float(), dim=1))
+    model.train(training)
+    h, z = torch.cat(h), torch.cat(z)
+    return (h.cpu(), z.cpu()) if images.device.type == "mps" else (h, z)  # MPS lacks the metrics' float64
+
+
+def look(model: ResNet18, data: Data, bfloat16: bool) -> dict:
+    """What is logged on the way; nothing is chosen by it."""
+    (_, train_z), (_, test_z) = (embed(model, images, bfloat16=bfloat16) for images in (data.train_images, data.test_images))
+    train_y, test_y = data.train_labels.to(train_z.device), data.test_labels.to(test_z.device)
+    return {"knn": knn_accuracy(train_z, train_y, test_z, test_y), "uniformity": uniformity(test_z),
+            "tolerance": tolerance(test_z, test_y)}
+
+
+def evaluate(model: ResNet18, data: Data, seed: int, bfloat16: bool) -> dict:
+    """All metrics: uniformity and tolerance on plain test images, alignment on two augmented views of each, the profile
+    of each plain image against one augmented view of all. `accuracy` is the linear probe's on the test set after its
+    last epoch; `accuracy_heldout` that of a probe that sees four fifths of the training labels, on the last fifth: the
+    number to choose a tau by."""
+    train_h, train_z = embed(model, data.train_images, bfloat16=bfloat16)
+    mirror_h, _ = embed(model, data.train_images.flip(-1), bfloat16=bfloat16)
+    test_h, test_z = embed(model, data.test_images, bfloat16=bfloat16)
+    train_y, test_y = data.train_labels.to(train_h.device), data.test_labels.to(test_h.device)
+    views = []
+    for name in ("view 1", "view 2"):
+        random = generator(seed, name)
+        view = lambda images: augment(images, draw_augmentation(len(images), random, images.shape[-1]).to(images.device))
+        views.append(embed(model, data.test_images, view, bfloat16)[1])
+    h = torch.stack([train_h, mirror_h])  # (2, N, 8·width)
+    order = balanced_order(data.train_labels.cpu(), seed=1).to(h.device)
+    kept, held_out = order[len(order) // 5:], order[:len(order) // 5]
+    return {
+        "accuracy": linear_probe(h, train_y, test_h, test_y, seed=seed),
+        "accuracy_heldout": linear_probe(h[:, kept], train_y[kept], train_h[held_out], train_y[held_out], seed=seed),
+        "knn": knn_accuracy(train_z, train_y, test_z, test_y),
+        "uniformity": uniformity(test_z),
+        "tolerance": tolerance(test_z, test_y),
+        "alignment": alignment(*views),
+        "profile": similarity_profile(test_z, views[0], torch.arange(len(test_z), device=test_z.device)).tolist(),
+    }
+
+
+def take_subset(data: Data, config: Config) -> tuple[Data, int]:
+    """The images that the config asks for, and how many training images there were."""
+    available = {"subset": len(data.train_labels), "test_subset": len(data.test_labels)}
+    for field, there in available.items():
+        if (getattr(config, field) or 0) > there:
+            raise BadInput(f"{field} {getattr(config, field)} is more than the {there} images that {data.name} has")
+    train = balanced_order(data.train_labels)[:config.subset]
+    test = balanced_order(data.test_labels)[:config.test_subset]
+    if len(train) < 10:
+        raise BadInput(f"{data.name} has {len(train)} training images: at least 10 are needed")
+    return Data(data.name, data.train_images[train], data.train_labels[train],
+                data.test_images[test], data.test_labels[test]), available["subset"]
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"device {name!r} can't be used: {str(error).splitlines()[0]}")
+    return device
+
+
+def seconds_per_step(config: Config, device: torch.device, bfloat16: bool) -> float:
+    """Time of a step of the network alone, measured on a copy, for the estimate in the first line printed."""
+    with torch.random.fork_rng(devices=[]):
+        model = ResNet18(config.width, config.dim).to(device, memory_format=torch.channels_last)
+    views = torch.zeros(config.batch_size, 3, config.size, config.size, device=device)
+    for _ in range(2):  # the first is the warm-up
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss = model(normalise(views)).sum()
+        loss.backward()
+        loss.item()
+    return time.perf_counter() - began
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """A SHA-256, then what torch.save writes; the checkpoint before stays beside it as .previous."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous"))
+    write_whole(path, hashlib.sha256(content).digest() + content)
+
+
+def load_checkpoint(path: Path, identity: dict | None = None) -> dict | None:
+    """The newest whole checkpoint, or None. Raises BadInput where it is of another config, data or code version."""
+    for candidate in (path, path.with_suffix(".previous")):
+        if not candidate.exists():
+            continue
+        content = candidate.read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            say(f"the checkpoint {candidate} is damaged: it is not used")
+            continue
+        state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+        if identity:
+            refuse_other(candidate, state, identity)
+        return state
+    return None
+
+
+def refuse_other(path: Path, found: dict, wanted: dict) -> None:
+    """Raise BadInput, naming what differs, where a record or checkpoint is of another config, data or version."""
+    there, here = dict(found["config"]), dict(wanted["config"])
+    data = found["data"]
+    there |= {"data": data["sha256"] if isinstance(data, dict) else data, "protocol_version": found["protocol_version"]}
+    here |= {"data": wanted["data"], "protocol_version": wanted["protocol_version"]}
+    for key in sorted(there.keys() | here.keys()):
+        if plain(there.get(key)) != here.get(key):
+            raise BadInput(f"{path} is of another run: {key} is {there.get(key)} there, {here.get(key)} here; "
+                           "move it away, or give another --results and --runs")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under another name in the same folder, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def probe_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"cannot write into {folder}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = False):
+    """Hold the lock of that name; it goes with the process that holds it, however that ends."""
+    with open(path, "w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise Busy(f"another process is at work on this cell (it holds {path})")
+        yield
+
+
+class Interrupted(Stop):
+    """SIGINT or SIGTERM; the status is 128 + the signal's number, as shells have it."""
+
+
+class Signals:
+    """SIGINT and SIGTERM end the run at once, or, while waiting(), when leave() is called at the end of a step."""
+
+    def __init__(self):
+        self.caught, self.wait, self.before = 0, False, {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _frame) -> None:
+        self.caught = number
+        if not self.wait:
+            self.leave()
+
+    def leave(self, checkpoint: Path | None = None) -> None:
+        if self.caught:
+            stop = Interrupted(f"{signal.Signals(self.caught).name}: stopped; the same command goes on"
+                               + (f" from {checkpoint}" if checkpoint else " from its last checkpoint, if there is one"))
+            stop.status = 128 + self.caught
+            raise stop
+
+    @contextlib.contextmanager
+    def waiting(self):
+        self.wait = True
+        yield
+        self.wait = False
+        self.leave()
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ 7  RESULTS                                                                 paper, section 5, Table 1 │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+# The paper's Table 1: (loss, tau) -> linear accuracy in percent, uniformity, tolerance
+PAPER = {
+    "cifar10": {
+        ("contrastive", 0.07): (79.75, 3.86, 0.04), ("contrastive", 0.3): (83.27, 3.60, 0.178),
+        ("contrastive", 0.7): (82.69, 3.17, 0.333), ("contrastive", 1.0): (82.21, 2.96, 0.372),
+        ("simple", None): (74.83, 1.68, 0.61),
+        ("hard", 0.07): (79.2, 3.88, 0.034), ("hard", 0.3): (83.63, 3.89, 0.0267),
+        ("hard", 0.7): (84.19, 3.87, 0.030), ("hard", 1.0): (84.19, 3.86, 0.030),
+        ("hard-simple", None): (84.84, 3.85, 0.030)},
+    "cifar100": {
+        ("contrastive", 0.07): (51.82, 3.86, 0.10), ("contrastive", 0.3): (56.44, 3.60, 0.269),
+        ("contrastive", 0.7): (50.99, 3.18, 0.331), ("contrastive", 1.0): (48.33, 2.96, 0.343),
+        ("simple", None): (39.31, 2.12, 0.39),
+        ("hard", 0.07): (50.77, 3.87, 0.088), ("hard", 0.3): (56.55, 3.88, 0.124),
+        ("hard", 0.7): (57.54, 3.87, 0.158), ("hard", 1.0): (56.77, 3.86, 0.172),
+        ("hard-simple", None): (55.71, 3.86, 0.174)},
+    "svhn": {
+        ("contrastive", 0.07): (92.55, 3.88, 0.032), ("contrastive", 0.3): (95.47, 3.65, 0.137),
+        ("contrastive", 0.7): (94.17, 3.27, 0.186), ("contrastive", 1.0): (92.07, 3.05, 0.197),
+        ("simple", None): (70.83, 1.50, 0.074),
+        ("hard", 0.07): (91.82, 3.89, 0.025), ("hard", 0.3): (94.79, 3.91, 0.021),
+        ("hard", 0.7): (95.02, 3.90, 0.021), ("hard", 1.0): (95.26, 3.88, 0.023),
+        ("hard-simple", None): (94.99, 3.85, 0.026)},
+}
+CELLS = list(PAPER["cifar10"])  # the ten rows of Table 1 for a dataset
+TABULATED = ("accuracy", "uniformity", "tolerance")
+
+
+def paper_values(dataset: str, loss: str, tau: float | None) -> tuple | None:
+    """The paper's (accuracy, uniformity, tolerance) of a cell; a folder called cifar10-… is put beside CIFAR-10."""
+    return PAPER.get(dataset.split("-")[0], {}).get((loss, tau))
+
+
+def plain(value):
+    """The value as JSON has it: lists for tuples, null for NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def record_sha256(record: dict) -> str:
+    """Of all but the clock and the machine: two runs that agree have one sum, and a number edited by hand shows."""
+    rest = {key: value for key, value in record.items() if key not in ("sha256", "timing", "environment")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(path: Path) -> dict:
+    """A record that is whole. Raises BadInput for one that is broken or was edited."""
+    try:
+        record = json.loads(path.read_text())
+        whole = record["sha256"] == record_sha256(record) and {"config", "final", "history", "data"} <= record.keys()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise BadInput(f"{path} is broken or was edited: its sha256 does not fit; remove it, or run with --force")
+    return record
+
+
+def environment(device: torch.device, bfloat16: bool) -> dict:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {torch.backends.cpu.get_cpu_capability()}",
+        "platform": f"{platform.system()} {platform.machine()}", "precision": "bfloat16" if bfloat16 else "float32",
+        "python": platform.python_version(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+
+
+def show(record: dict, path: Path) -> None:
+    """The result, beside the paper's where the paper has that cell."""
+    config, final = record["config"], record["final"]
+    paper = dict(zip(TABULATED, paper_values(config["dataset"], config["loss"], config["tau"]) or ()))
+    say(f"{'':12}{'ours':>9}{'paper':>9}{'untrained':>12}")
+    meaning = {"accuracy": "linear probe, last epoch, %", "knn": "200 nearest, %", "uniformity": "larger = more uniform",
+               "tolerance": "mean similarity in a class", "alignment": "mean squared distance of two views"}
+    for key, what in meaning.items():
+        ours, before = (f"{x:.{2 if key in ('accuracy', 'knn') else 3}f}" if x is not None else "-"
+                        for x in (final[key], final["untrained"][key]))
+        say(f"{key:12}{ours:>9}{paper.get(key, '-'):>9}{before:>12}  {what}")
+    if paper:
+        say(f"paper: Table 1, {config['dataset'].split('-')[0]}; this run: preset {config['preset']}, {record['data']['train']:,} "
+            f"training images, {config['epochs']} epochs")
+    say(f"record: {path}")
+
+
+def report(results: Path, preset: str | None = None) -> None:
+    """Print the table of the records in `results`: mean ± standard deviation over the seeds (their number), and the paper's value.
+    Raises BadInput where there is no record."""
+    groups: dict[tuple, list[dict]] = {}
+    for path in sorted(results.glob(f"{preset or '*'}/*/*.json")):
+        record = read_record(path)
+        config = record["config"]
+        departs = path.stem.removeprefix(cell_prefix(config)).removesuffix(f"_seed{config['seed']}").strip("_")
+        row = (config["preset"], config["dataset"], record["protocol_version"], config["loss"], config["tau"], departs)
+        groups.setdefault(row[:3], {}).setdefault(row[3:], []).append(record["final"])
+    if not groups:
+        raise BadInput(f"no records of {'preset ' + preset if preset else 'any preset'} in {results}: run some first")
+    order = {cell: place for place, cell in enumerate(CELLS)}
+    for (preset, dataset, version), rows in groups.items():
+        say(f"\npreset {preset}, dataset {dataset}, protocol version {version}: ours, mean ± sd (seeds) | paper")
+        say(f"{'loss':14}{'tau':>6}  " + "".join(f"{key:^32}" for key in TABULATED))
+        for (loss, tau, departs), finals in sorted(rows.items(), key=lambda r: (r[0][2], order.get(r[0][:2], 99), str(r[0]))):
+            paper = paper_values(dataset, loss, tau) or ("-",) * 3
+            line = f"{loss:14}{tau if tau else '':>6}  "
+            for key, theirs in zip(TABULATED, paper):
+                values, digits = [f[key] for f in finals if f[key] is not None], 2 if key == "accuracy" else 3
+                ours = f"{statistics.mean(values):.{digits}f}" if values else "-"
+                if len(values) > 1:
+                    ours += f" ± {statistics.stdev(values):.{digits}f}"
+                line += f"{f'{ours} ({len(values)}) | {theirs}':^32}"
+            say((line + f"  {departs}").rstrip())
+
+
+def cell_prefix(config: dict) -> str:
+    return config["loss"] + (f"_tau{config['tau']!r}" if config["tau"] else "")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def say(line: str) -> None:
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ 8  COMMAND LINE                                                                                  │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BadInput(f"{message} (--help lists all settings)")
+
+
+def make_parser() -> Parser:
+    """The flags are Config's fields, with their help: the paper's protocol as a table."""
+    parser = Parser(prog="ctl.py", allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
+                    description=__doc__.split("Reading order")[0].strip())
+    groups = {True: parser.add_argument_group("the study: meaning; value in each preset; source"),
+              False: parser.add_argument_group("where it runs")}
+    for field in dataclasses.fields(Config):
+        meta = field.metadata
+        values = {preset: values.get(field.name, field.default) for preset, values in PRESETS.items()}
+        shown = str(field.default) if len(set(values.values())) == 1 else ", ".join(f"{p} {v}" for p, v in values.items())
+        text = f"{meta['help']}\n[{shown}{'; ' + meta['source'] if meta['source'] else ''}]".replace("%", "%%")
+        options: dict = dict(help=text, default=argparse.SUPPRESS, dest=field.name)
+        if meta["type"] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= dict(type=meta["type"], choices=meta["choices"], metavar="|".join(meta["choices"] or ()) or meta["type"].__name__.upper())
+        if field.name == "milestones":
+            options |= dict(nargs="*", metavar="EPOCH")
+        groups[meta["study"]].add_argument("--" + field.name.replace("_", "-"), **options)
+    parser.add_argument("--report", action="store_true", help="print the table of the records in --results and stop")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong use or bad input, 3 another process is at
+    work on the cell, 130 interrupted, 143 terminated."""
+    try:
+        given = vars(make_parser().parse_args(argv))
+        if given.pop("report"):
+            known = {"preset", "results"}
+            if given.keys() - known:
+                raise BadInput(f"--report takes no --{sorted(given.keys() - known)[0].replace('_', '-')}")
+            report(Path(given.get("results", "results")), given.get("preset"))
+            return 0
+        if "preset" not in given:
+            given["preset"] = "paper" if pick_device(given.get("device", "auto")).type == "cuda" else "mini"
+            say(f"no preset given: {given['preset']}" + (" (there is no CUDA GPU; --preset paper runs the paper's protocol)"
+                                                         if given["preset"] == "mini" else ""))
+        config = make_config(**given)
+        if "dataset" not in given and "dataset" not in PRESETS[config.preset]:
+            config = fall_back(config)
+        train(config)
+        return 0
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except Stop as stop:
+        complaint, status = str(stop), stop.status
+    except KeyboardInterrupt:
+        complaint, status = "interrupted before anything was done", 130
+    except torch.OutOfMemoryError as error:
+        complaint, status = f"out of memory: {str(error).splitlines()[0]}", 1
+    except OSError as error:
+        complaint, status = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
+    print("ctl.py: " + " ".join(complaint.split()), file=sys.stderr)
+    return status
+
+
+def fall_back(config: Config) -> Config:
+    """CIFAR-10 where it is there or can be downloaded, else shapes, with a notice."""
+    try:
+        load_download("cifar10", Path(config.data), config.size)
+        return config
+    except BadInput as error:
+        say(f"NOTICE: {error}.\nNOTICE: no --dataset was named, so this run uses 'shapes', made by code, NOT CIFAR-10.")
+        limits = {"subset": 4000, "test_subset": 2000}
+        return dataclasses.replace(config, dataset="shapes", **{
+            field: min(getattr(config, field), there) for field, there in limits.items() if getattr(config, field)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
