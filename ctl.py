@@ -179,6 +179,8 @@ def _positive_similarity(similarity, positive, tau=1.0, k=None) -> Tensor:
         raise ValueError(f"positive is on {positive.device}, similarity on {similarity.device}")
     if isinstance(tau, bool) or not isinstance(tau, numbers.Real) or not 0 < tau < math.inf:
         raise ValueError(f"tau must be a finite number above 0, not {tau!r}")
+    if tau < torch.finfo(similarity.dtype).tiny:
+        raise ValueError(f"tau {tau!r} is 0 in {similarity.dtype}: take a larger one")
     if k is not None and (isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1):
         raise ValueError(f"k must be a whole number, at least 1, not {k!r}")
     # Values are looked at on the CPU alone: on a GPU a look would make it wait.
@@ -217,8 +219,10 @@ def uniformity(z: Tensor, t: float = 2.0) -> float:
         s = z[i:i + BLOCK] @ z[i:].T  # (b, n - i)
         # |z_i - z_j|² = 2 - 2 s_ij for unit vectors, so exp(-t |z_i - z_j|²) = exp(2t (s_ij - 1))
         total += torch.exp(2 * t * (s - 1)).triu(1).sum(dtype=torch.float64).item()
-    # Eq. 10: L_uniformity = log E exp(-t |f(x) - f(y)|²)
-    return -math.log(total / (n * (n - 1) / 2)) if n > 1 else math.nan
+    if n < 2:
+        return math.nan
+    # Eq. 10: L_uniformity = log E exp(-t |f(x) - f(y)|²); at a huge t all terms may underflow
+    return -math.log(total / (n * (n - 1) / 2)) if total else math.inf
 
 
 def tolerance(z: Tensor, labels: Tensor) -> float:
@@ -259,6 +263,8 @@ def similarity_profile(z: Tensor, bank_or_z2: Tensor, positive: Tensor, top: int
     Raises ValueError for other vectors.
     """
     _unit_vectors(z=z, bank_or_z2=bank_or_z2)
+    if positive.shape != z.shape[:1]:
+        raise ValueError(f"positive must be int64 of shape ({len(z)},), not {_describe(positive)}")
     kept = min(top, len(bank_or_z2) - 1)
     total = torch.zeros(1 + kept, dtype=torch.float64)
     for rows, own in zip(z.split(BLOCK), positive.split(BLOCK)):
@@ -298,7 +304,8 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
     views = train_h if train_h.ndim == 3 else train_h[None]  # (V, n, d)
     V, n, d = views.shape
     rows = views.reshape(V * n, d)
-    layer = nn.Linear(d, 1 + int(max(train_y.max(), test_y.max())), device=rows.device, dtype=rows.dtype)
+    classes = 1 + int(max(train_y.max(), test_y.max()))
+    layer = nn.utils.skip_init(nn.Linear, d, classes, device=rows.device, dtype=rows.dtype)  # draws nothing
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # the problem is convex: no start is better than 0
     optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=momentum)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones), gamma)
@@ -337,11 +344,13 @@ class MemoryBank:
 
     def __init__(self, size: int, dim: int = 128, momentum: float = 0.5, init: str | Tensor = "random",
                  generator: torch.Generator | None = None, device: torch.device | str = "cpu"):
-        if not 0 <= momentum <= 1:
+        if not isinstance(momentum, numbers.Real) or not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], not {momentum!r}")
         rows = torch.randn(size, dim, generator=generator) if isinstance(init, str) and init == "random" else init
         if not isinstance(rows, Tensor) or rows.shape != (size, dim):
             raise ValueError(f'init must be "random" or a tensor of shape ({size}, {dim})')
+        if not (rows.isfinite().all() and (rows != 0).any(dim=1).all()):
+            raise ValueError("init must hold finite rows, none of them all zeros")
         self.rows = F.normalize(rows.detach().float(), dim=1).to(device)
         self.momentum = momentum
 
@@ -352,8 +361,10 @@ class MemoryBank:
     @torch.no_grad()
     def update(self, index: Tensor, z: Tensor) -> None:
         """Move the rows `index` (B,) towards the embeddings z (B, dim) of the same images, and back to the sphere."""
-        mixed = self.momentum * self.rows[index] + (1 - self.momentum) * z.float()
-        self.rows[index] = F.normalize(mixed, dim=1)
+        old = self.rows[index]
+        mixed = self.momentum * old + (1 - self.momentum) * z.float()
+        opposite = (mixed == 0).all(dim=1, keepdim=True)  # nothing to normalise: such a row stays
+        self.rows[index] = F.normalize(torch.where(opposite, old, mixed), dim=1)
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -813,7 +824,7 @@ MINI = dict(epochs=60, batch_size=64, width=16, schedule="cosine", warmup=3.0, b
 PRESETS = {
     "paper": {},
     "mini": MINI,
-    "quick": {**MINI, "dataset": "shapes", "epochs": 30, "width": 8, "subset": 1000, "test_subset": 1000, "eval_every": 0},
+    "quick": {**MINI, "dataset": "shapes", "size": 24, "width": 8, "subset": 1000, "test_subset": 1000, "eval_every": 0},
     "smoke": {**MINI, "dataset": "shapes", "epochs": 3, "batch_size": 16, "width": 4, "dim": 16, "warmup": 1.0, "subset": 100,
               "test_subset": 100, "eval_every": 2},
 }
@@ -912,7 +923,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
     name = f"{config.loss}{f' tau {config.tau}' if config.tau else ''}"
     say(f"{name}, {data.name} ({N:,} of {available:,} training images), preset {config.preset}, seed {config.seed}: "
         f"{config.epochs} epochs, about {duration(seconds_per_step(config, device, bfloat16) * steps * config.epochs)} "
-        f"on {device}{f' with {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}")
+        f"on {device}{f', threads: {torch.get_num_threads()}' if device.type == 'cpu' else ''}")
 
     if saved:
         model.load_state_dict(saved["model"])
@@ -930,16 +941,19 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
         epoch, step, losses, history, seconds = 0, 0, [], [], 0.0
         untrained = evaluate(model, data, config.seed, bfloat16)
 
+    def finite() -> bool:
+        return all(value.isfinite().all() for value in (*model.state_dict().values(), bank.rows, *losses))
+
     def save() -> None:
-        if all(value.isfinite().all() for value in (*model.state_dict().values(), bank.rows, *losses)):
+        if finite():
             save_checkpoint(checkpoint_path, {
                 **identity, "model": model.state_dict(), "optimiser": optimiser.state_dict(), "bank": bank.rows, "epoch": epoch,
                 "step": step, "losses": [loss.cpu() for loss in losses], "history": history, "untrained": untrained,
                 "seconds": seconds + time.perf_counter() - began})
 
     def stop_not_finite() -> None:
-        raise Stop(f"the loss is not finite in epoch {epoch + 1}: nothing recorded, the last good checkpoint stays in "
-                   f"{checkpoint_path}; try a lower --lr or a larger --tau")
+        raise Stop(f"the loss is not finite in epoch {epoch + 1}: nothing is recorded (a good checkpoint from before, "
+                   f"if there is one, stays in {checkpoint_path}); try a lower --lr or a larger --tau")
 
     last_saved, losses = time.perf_counter(), [torch.as_tensor(loss) for loss in losses]
     while epoch < config.epochs:
@@ -963,10 +977,10 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
                     last_saved = time.perf_counter()
                     signals.leave(checkpoint_path)
         mean = torch.stack([loss.cpu() for loss in losses]).double().mean().item()
-        if not math.isfinite(mean):
+        if not finite():
             stop_not_finite()
         entry = {"epoch": epoch + 1, "loss": mean, "lr": learning_rate(config, epoch)}
-        rate = config.batch_size * (steps - first) / (time.perf_counter() - epoch_began)
+        rate = config.batch_size * max(1, steps - first) / (time.perf_counter() - epoch_began)
         epoch, step, losses = epoch + 1, 0, []
         if config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
             entry |= look(model, data, bfloat16)

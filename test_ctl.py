@@ -1,0 +1,1840 @@
+"""The proof that ctl.py does what the paper and the mathematics say.
+
+    bash reproduce.sh test
+
+First the rooms 1 to 3 (loss, metrics, memory bank), as properties: each test quotes the statement it holds the code to.
+P = softmax(s/tau) over a row of similarities, r the same over its negatives, R = max s - min s. The references are plain
+Python loops with math.exp and math.fsum. Then the rooms 4 to 8 (network, data, augmentation, training, results, command
+line): against torchvision, and through `ctl.main` in folders of their own. No network, no data but what the tests make.
+"""
+import copy
+import dataclasses
+import doctest
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import scipy.stats
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+import ctl
+
+torch.set_num_threads(1)
+
+settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=100)
+settings.load_profile("ci")
+
+EPS, EPS32 = 2.0 ** -52, 2.0 ** -23
+taus = st.floats(-3, 4).map(lambda e: 10.0 ** e)
+ties = st.integers(-64, 64).map(lambda i: i / 64)
+free = st.floats(-1, 1)
+
+
+def values(least=1, most=10):
+    two = st.tuples(ties, ties).flatmap(lambda p: st.lists(st.sampled_from(p), min_size=least, max_size=most))
+    return st.one_of(st.lists(ties, min_size=least, max_size=most), st.lists(free, min_size=least, max_size=most), two)
+
+
+def rows(least=1, most=10):
+    """(row, column of the positive)"""
+    return values(least, most).flatmap(lambda s: st.tuples(st.just(s), st.integers(0, len(s) - 1)))
+
+
+def random_rows(seed, B, N, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.rand(B, N, generator=g, dtype=torch.float64) * 2 - 1).to(dtype), torch.randint(N, (B,), generator=g)
+
+
+seeds = st.integers(0, 2 ** 32 - 1)
+
+
+def t(s, dtype=torch.float64):
+    return torch.tensor([s], dtype=dtype)
+
+
+def p_(p):
+    return torch.tensor([p])
+
+
+def loss(s, p, tau, k=None):
+    return ctl.contrastive_loss(t(s), p_(p), tau, k).item()
+
+
+def push(s, p, tau, k=None):
+    """tau times the gradient of one row."""
+    return [tau * g for g in ctl.loss_gradient(t(s), p_(p), tau, k)[0].tolist()]
+
+
+def penalty(s, p, tau, k=None):
+    return ctl.relative_penalty(t(s), p_(p), tau, k)[0].tolist()
+
+
+def slack(tau):
+    return 4 * EPS * (10 + 2 / tau)  # "float64: 4 eps (10 + 2/tau) on L"
+
+
+# ---- the slow reference ---------------------------------------------------------------------------------------
+
+def ref_kept(s, p, k=None):
+    """Columns of the k largest negatives."""
+    others = sorted((j for j in range(len(s)) if j != p), key=lambda j: -s[j])
+    return others if k is None else others[:k]
+
+
+def ref_softmax(x):
+    top = max(x)
+    e = [math.exp(v - top) for v in x]
+    total = math.fsum(e)
+    return [v / total for v in e]
+
+
+def ref_loss(s, p, tau, k=None):
+    x = [0.0] + [(s[j] - s[p]) / tau for j in ref_kept(s, p, k)]
+    top = max(x)
+    return top + math.log(math.fsum(math.exp(v - top) for v in x))
+
+
+def ref_push(s, p, tau, k=None):
+    columns = [p] + ref_kept(s, p, k)
+    P = ref_softmax([(s[j] - s[p]) / tau for j in columns])
+    g = [0.0] * len(s)
+    for j, v in zip(columns[1:], P[1:]):
+        g[j] = v
+    g[p] = -math.fsum(P[1:])
+    return g
+
+
+def ref_penalty(s, p, tau, k=None):
+    columns, r = ref_kept(s, p, k), [0.0] * len(s)
+    if columns:
+        for j, v in zip(columns, ref_softmax([(s[j] - s[columns[0]]) / tau for j in columns])):
+            r[j] = v
+    return r
+
+
+def entropy(P):
+    return -math.fsum(v * math.log(v) for v in P if v > 0)
+
+
+def mean(x):
+    return math.fsum(x) / len(x)
+
+
+def central(s, n):
+    m = mean(s)
+    return math.fsum((v - m) ** n for v in s) / len(s)
+
+
+def near(a, b, tol):
+    assert len(a) == len(b)
+    assert max(abs(x - y) for x, y in zip(a, b)) <= tol, (a, b)
+
+
+ks = st.none() | st.integers(1, 12)
+
+
+# ---- values: Eqs. 1, 5, 6, 7, 9 -------------------------------------------------------------------------------
+
+@given(rows(), taus, ks)
+@example(([1.0, -1.0], 1), 1e-3, None)  # exp without the max subtracted overflows
+@example(([0.0, -1.0], 0), 1e-2, None)  # log(p + 1e-7) goes below 0
+def test_contrastive_is_the_slow_loop_float64(row, tau, k):
+    # Eqs. 1 and 9; "float64: 4 eps (10 + 2/tau) on L"
+    assert abs(loss(*row, tau, k) - ref_loss(*row, tau, k)) <= slack(tau)
+
+
+@given(rows(), taus, ks)
+@example(([1.0, -1.0], 1), 1 / 89, None)
+def test_contrastive_float32(row, tau, k):
+    # "float32: about 0.84 eps (1 + R/tau + log N) on L: allow 4"
+    s = t(row[0], torch.float32)
+    exact = s[0].tolist()
+    L = ctl.contrastive_loss(s, p_(row[1]), tau, k)
+    assert L.dtype == torch.float32 and L.shape == (1,)
+    bound = 4 * EPS32 * (1 + (max(exact) - min(exact)) / tau + math.log(len(exact)))
+    assert abs(L.item() - ref_loss(exact, row[1], tau, k)) <= bound
+
+
+@given(rows(), taus, ks)
+def test_gradient_float32(row, tau, k):
+    # "float32: 7.2 eps (1 + R/tau) on tau grad L: allow 32"; autograd's too
+    if k is not None:
+        assume(len(set(torch.tensor(row[0]).tolist())) == len(row[0]))
+    s = t(row[0], torch.float32).requires_grad_()
+    exact = s[0].tolist()
+    bound = 32 * EPS32 * (1 + (max(exact) - min(exact)) / tau)
+    expected = ref_push(exact, row[1], tau, k)
+    ctl.contrastive_loss(s, p_(row[1]), tau, k).sum().backward()
+    near((ctl.loss_gradient(s.detach(), p_(row[1]), tau, k)[0].double() * tau).tolist(), expected, bound)
+    near((s.grad[0].double() * tau).tolist(), expected, bound)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.07, 1.0, 1e4])
+def test_large_n_float32(tau):
+    # N = 50,000; "at tau = 1e4, float32 logsumexp((s - s_pos)/tau) errs by 4e-7 where cross_entropy errs by 3e-5";
+    # P compared relatively, as N·P ("assert_close's default tolerance is half of a uniform P")
+    N = 50_000
+    s, p = random_rows(7, 2, N, torch.float32)
+    exact, R = s.double(), (s.max() - s.min()).item()
+    P = torch.log_softmax(exact / tau, dim=1).exp()
+    L = torch.logsumexp((exact - exact.gather(1, p[:, None])) / tau, dim=1)
+    error = (ctl.contrastive_loss(s, p, tau).double() - L).abs().max().item()
+    assert error <= 4 * EPS32 * (1 + R / tau + math.log(N))
+    g = ctl.loss_gradient(s, p, tau).double() * tau
+    negative = torch.ones_like(g).scatter(1, p[:, None], 0).bool()
+    assert ((g - P).abs() <= 32 * EPS32 * (1 + R / tau) * P + 1e-37)[negative].all()
+    assert (g.gather(1, p[:, None]) + 1 - P.gather(1, p[:, None])).abs().max() <= 32 * EPS32 * (1 + R / tau)
+    if tau == 1e4:
+        assert error <= 1e-6
+
+
+@given(rows(), ks)
+def test_simple_is_the_slow_loop(row, k):
+    # Eq. 7 (Eq. 9 with k): the mean is over N, not N - 1
+    s, p = row
+    kept = ref_kept(s, p, k)
+    expected = math.fsum(s[j] - s[p] for j in kept) / (1 + len(kept))
+    assert abs(ctl.simple_loss(t(s), p_(p), k).item() - expected) <= 10 * EPS
+
+
+@given(rows())
+def test_triplet_is_the_slow_loop(row):
+    # Eq. 6 times tau
+    s, p = row
+    assert ctl.triplet_loss(t(s), p_(p)).item() == max([0.0] + [s[j] - s[p] for j in range(len(s)) if j != p])
+
+
+@given(rows(), taus, ks)
+def test_relative_penalty_is_the_slow_loop(row, tau, k):
+    # Eqs. 5 and 8
+    if k is not None:
+        assume(len(set(row[0])) == len(row[0]))
+    near(penalty(*row, tau, k), ref_penalty(*row, tau, k), 1e-12)
+
+
+@given(st.integers(1, 4), st.integers(1, 40), taus, ks, seeds)
+@settings(max_examples=50)
+def test_rows_of_a_batch_do_not_mix(B, N, tau, k, seed):
+    s, p = random_rows(seed, B, N)
+    for f in (ctl.contrastive_loss, ctl.loss_gradient, ctl.relative_penalty):
+        whole = f(s, p, tau, k)
+        for i in range(B):
+            scale = tau if f is ctl.loss_gradient else 1
+            assert ((f(s[i:i + 1], p[i:i + 1], tau, k)[0] - whole[i]).abs() * scale).max() <= slack(tau)
+
+
+# ---- Gradients ------------------------------------------------------------------------------------------------
+
+@given(rows(), taus, ks)
+def test_gradient_closed_form_autograd_and_loop(row, tau, k):
+    # "tau dL/ds_j = P_j; tau dL/ds_pos = P_pos - 1"; "1e-12 on tau grad L"
+    if k is not None:
+        assume(len(set(row[0])) == len(row[0]))
+    s = t(row[0]).requires_grad_()
+    ctl.contrastive_loss(s, p_(row[1]), tau, k).sum().backward()
+    closed = push(*row, tau, k)
+    near(closed, (tau * s.grad[0]).tolist(), 1e-12)
+    near(closed, ref_push(*row, tau, k), 1e-12)
+
+
+@given(rows(), taus)
+def test_gradient_sums_and_norms(row, tau):
+    # "they sum to 0; ||tau grad L||_1 = 2(1 - P_pos); ||grad L||_2 <= sqrt(2)/tau"
+    s, p = row
+    g = push(s, p, tau)
+    P = ref_softmax([(v - s[p]) / tau for v in s])
+    assert abs(math.fsum(g)) <= 1e-12
+    assert abs(math.fsum(map(abs, g)) - 2 * (1 - P[p])) <= 1e-12
+    assert math.sqrt(math.fsum(v * v for v in g)) <= math.sqrt(2) + 1e-12
+    assert g[p] <= 0 and all(v >= 0 for j, v in enumerate(g) if j != p)
+
+
+@given(rows(2, 6), st.floats(-1, 3).map(lambda e: 10.0 ** e), ks)
+@settings(max_examples=15)
+def test_gradcheck_of_tau_times_loss(row, tau, k):
+    # gradcheck of tau L, not of L
+    s, p = row
+    gaps = sorted(s)
+    assume(k is None or min(b - a for a, b in zip(gaps, gaps[1:])) > 1e-3)  # top-k stays as it is
+    assert torch.autograd.gradcheck(lambda x: tau * ctl.contrastive_loss(x, p_(p), tau, k), t(s).requires_grad_())
+
+
+def test_gradcheck_sees_the_negatives_at_n_256_tau_1000():
+    # "A backward pass that drops every negative passes gradcheck(L) at N = 256, tau = 1000; gradcheck(tau L) catches it."
+    s, p = random_rows(0, 1, 256)
+    assert torch.autograd.gradcheck(lambda x: 1000 * ctl.contrastive_loss(x, p, 1000.0), s.requires_grad_())
+
+
+@given(rows(1, 7), taus)
+@settings(max_examples=40)
+def test_hessian(row, tau):
+    # "Hessian (diag P - P P^T)/tau²: eigenvalues in [0, 1/(2 tau²)], null vector 1"
+    s, p = row
+    H = torch.autograd.functional.hessian(lambda x: ctl.contrastive_loss(x[None], p_(p), tau).sum(), t(s)[0]) * tau ** 2
+    P = torch.tensor(ref_softmax([(v - s[p]) / tau for v in s]), dtype=torch.float64)
+    assert (H - (P.diag() - P[:, None] * P)).abs().max() <= 2e-12
+    e = torch.linalg.eigvalsh((H + H.T) / 2)
+    assert e.min() >= -4e-12 and e.max() <= 0.5 + 4e-12
+    assert H.sum(dim=1).abs().max() <= 4e-12
+
+
+@given(rows(2), taus, st.lists(free, min_size=10, max_size=10))
+def test_convex_in_s(row, tau, other):
+    # "so L is convex in s"
+    a, p = row
+    b = other[:len(a)]
+    middle = [(x + y) / 2 for x, y in zip(a, b)]
+    assert loss(middle, p, tau) <= (loss(a, p, tau) + loss(b, p, tau)) / 2 + 2 * slack(tau)
+
+
+# ---- Relative penalty -----------------------------------------------------------------------------------------
+
+@given(rows(2), taus, ks, free)
+def test_penalty_is_share_of_push_and_blind_to_the_positive(row, tau, k, moved):
+    # "r_j = d_jL/|d_posL|, independent of s_pos; sums to 1"
+    s, p = row
+    r = penalty(s, p, tau, k)
+    assert abs(math.fsum(r) - 1) <= 1e-12 and r[p] == 0 and min(r) >= 0
+    g = push(s, p, tau, k)
+    if -g[p] > 1e-200:
+        near([g[j] / -g[p] for j in range(len(s)) if j != p], r[:p] + r[p + 1:], 1e-11)
+    assert penalty(s[:p] + [moved] + s[p + 1:], p, tau, k) == r
+
+
+@given(rows(3), taus)
+def test_penalty_entropy_grows_with_tau(row, tau):
+    # "dH(r)/dtau = Var_r(s)/tau³ >= 0", as tau dH/dtau by central differences
+    s, p = row
+    h = 1e-4
+    slope = (entropy(penalty(s, p, tau * (1 + h))) - entropy(penalty(s, p, tau * (1 - h)))) / (2 * h)
+    r = penalty(s, p, tau)
+    m = math.fsum(a * b for a, b in zip(r, s))
+    expected = math.fsum(a * (b - m) ** 2 for a, b in zip(r, s)) / tau ** 2
+    assert abs(slope - expected) <= 1e-4 * expected + 1e-8
+    assert entropy(penalty(s, p, 2 * tau)) >= entropy(r) - 1e-12
+
+
+# ---- tau -> 0 -------------------------------------------------------------------------------------------------
+
+def shape_of(s):
+    top = max(s)
+    m = s.count(top)
+    below = [v for v in s if v < top]
+    return m, (top - max(below) if below else 0.0), top - min(s)
+
+
+@given(rows(2), taus)
+def test_small_tau_bounds_on_loss(row, tau):
+    # "0 <= log(m + (N-m)e^{-R/tau}) <= L - max(0, s_max - s_pos)/tau <= log(m + (N-m)e^{-g/tau}) <= log N,
+    #  with equality on two-valued rows" (s_max: the hardest negative)
+    s, p = row
+    m, g, R = shape_of(s)
+    N = len(s)
+    rest = loss(s, p, tau) - ctl.triplet_loss(t(s), p_(p)).item() / tau
+    low, high = math.log(m + (N - m) * math.exp(-R / tau)), math.log(m + (N - m) * math.exp(-g / tau))
+    assert 0 <= low and high <= math.log(N) + 4 * EPS
+    assert low - slack(tau) <= rest <= high + slack(tau)
+    if len(set(s)) <= 2:
+        assert abs(rest - low) <= slack(tau) and abs(rest - high) <= slack(tau)
+
+
+@given(rows(2), taus)
+def test_small_tau_bounds_on_penalty(row, tau):
+    # r tends to one-hot, at the rate that the same bound gives over the negatives
+    s, p = row
+    others = s[:p] + s[p + 1:]
+    m, g, R = shape_of(others)
+    n = len(others)
+    hardest = max(penalty(s, p, tau))
+    low, high = 1 / (m + (n - m) * math.exp(-g / tau)), 1 / (m + (n - m) * math.exp(-R / tau))
+    assert low - 1e-12 <= hardest <= high + 1e-12
+
+
+@given(st.lists(ties, min_size=2, max_size=10).flatmap(lambda s: st.tuples(st.just(s), st.integers(0, len(s) - 1))))
+def test_limit_tau_to_0(row):
+    # "r always tends to one-hot on the hardest negative (ties share equally). tau grad L does so only if
+    #  s_max > s_pos; if the positive is largest, tau grad L -> 0." Gaps are >= 1/64, so e^{-g/tau} < 1e-67 here.
+    s, p = row
+    tau = 1e-4
+    hardest = max(s[:p] + s[p + 1:])
+    at = [j for j in range(len(s)) if j != p and s[j] == hardest]
+    one_hot = [1 / len(at) if j in at else 0.0 for j in range(len(s))]
+    near(penalty(s, p, tau), one_hot, 1e-12)
+    g = push(s, p, tau)
+    if hardest > s[p]:
+        near(g, [-1.0 if j == p else v for j, v in enumerate(one_hot)], 1e-12)
+    elif hardest < s[p]:
+        near(g, [0.0] * len(s), 1e-60)
+    else:  # the positive takes its share of the tie
+        near(g, [-len(at) / (1 + len(at)) if j == p else v * len(at) / (1 + len(at)) for j, v in enumerate(one_hot)], 1e-12)
+
+
+@given(values(2), taus)
+def test_rate_of_one_minus_p_max(s, tau):
+    # "Rate for m = 1, q = e^{-g/tau}: q/(1+q) <= 1 - P_max <= (N-1)q/(1+(N-1)q)"; relatively, to the last digits
+    m, g, _ = shape_of(s)
+    assume(m == 1 and g / tau < 600)
+    q, N, tol = math.exp(-g / tau), len(s), 1e-12 * (1 + 1 / tau)
+    p = s.index(max(s))
+    missing = -push(s, p, tau)[p]
+    assert q / (1 + q) * (1 - tol) <= missing <= (N - 1) * q / (1 + (N - 1) * q) * (1 + tol)
+    P_max = push(s, (p + 1) % N, tau)[p]  # as a negative
+    assert q / (1 + q) - 1e-12 <= 1 - P_max <= (N - 1) * q / (1 + (N - 1) * q) + 1e-12
+
+
+@given(rows(), taus)
+def test_triplet_is_the_limit(row, tau):
+    # Eq. 6: 0 <= tau L - triplet <= tau log N
+    s, p = row
+    rest = loss(s, p, tau) - ctl.triplet_loss(t(s), p_(p)).item() / tau
+    assert -slack(tau) <= rest <= math.log(len(s)) + slack(tau)
+
+
+# ---- tau -> infinity ------------------------------------------------------------------------------------------
+
+@given(rows(), taus)
+def test_large_tau_bounds_on_loss(row, tau):
+    # "0 <= L - log N - (mean s - s_pos)/tau <= R²/(8 tau²)" and
+    # "|L - log N - (mean s - s_pos)/tau - Var(s)/(2 tau²)| <= R³/(36 sqrt3 tau³)"
+    s, p = row
+    R = max(s) - min(s)
+    rest = loss(s, p, tau) - math.log(len(s)) - ctl.simple_loss(t(s), p_(p)).item() / tau  # Eq. 7
+    assert abs(ctl.simple_loss(t(s), p_(p)).item() - (mean(s) - s[p])) <= 8 * EPS
+    assert -slack(tau) <= rest <= R ** 2 / (8 * tau ** 2) + slack(tau)
+    last = rest - central(s, 2) / (2 * tau ** 2)
+    assert abs(last) <= R ** 3 / (36 * math.sqrt(3) * tau ** 3) + slack(tau) + 8 * EPS / tau ** 2
+
+
+def test_hoeffding_is_sharp():
+    # "(Hoeffding; sharp)": half of the columns at each end
+    rest = loss([1.0, -1.0], 0, 30.0) - math.log(2) + 1 / 30
+    assert rest == pytest.approx(4 / (8 * 900), rel=1e-3)
+
+
+@given(rows(3))
+def test_rates_2_4_8(row):
+    # "Doubling tau divides the successive residuals by 2, 4, 8 in the limit (skewness not 0)"
+    s, p = row
+    d, var, skew = mean(s) - s[p], central(s, 2), central(s, 3)
+    assume(abs(d) > 0.2 and var > 0.1 and abs(skew) > 0.1)
+
+    def residuals(tau):
+        a = loss(s, p, tau) - math.log(len(s))
+        return a, a - d / tau, a - d / tau - var / (2 * tau ** 2)
+
+    for a, b, rate in zip(residuals(200.0), residuals(400.0), (2, 4, 8)):
+        assert a / b == pytest.approx(rate, rel=0.02)
+
+
+@given(values(), taus)
+def test_large_tau_bounds_on_p(s, tau):
+    # "|log(N P_j)| <= R/tau" (the loss with j as positive is -log P_j);
+    # "|N P_j - 1 - (s_j - mean s)/tau| <= 1.5 R²/tau² for tau >= R"
+    N, R = len(s), max(s) - min(s)
+    every = t(s).expand(N, N).contiguous()
+    L = ctl.contrastive_loss(every, torch.arange(N), tau).tolist()
+    assert all(abs(math.log(N) - v) <= R / tau + slack(tau) for v in L)
+    if tau >= R:
+        g = (ctl.loss_gradient(every, torch.arange(N), tau) * tau).tolist()
+        for p in range(N):
+            for j in range(N):
+                P_j = g[p][j] + (j == p)
+                assert abs(N * P_j - 1 - (s[j] - mean(s)) / tau) <= 1.5 * (R / tau) ** 2 + N * 1e-14
+
+
+# ---- always ---------------------------------------------------------------------------------------------------
+
+@given(rows(), taus)
+def test_derivative_of_tau_loss_is_entropy(row, tau):
+    # "d(tau L)/dtau = H(P) in [0, log N]": by L = l(s/tau) it is L - sum s_j dL/ds_j; and by central differences
+    s, p = row
+    H = entropy(ref_softmax([(v - s[p]) / tau for v in s]))
+    assert -1e-12 <= H <= math.log(len(s)) + 1e-12
+    exact = loss(s, p, tau) - math.fsum((v - s[p]) * g for v, g in zip(s, push(s, p, tau))) / tau
+    assert abs(exact - H) <= slack(tau) + 2e-12 / tau + 1e-12
+    h = 1e-4
+    slope = (loss(s, p, tau * (1 + h)) * (1 + h) - loss(s, p, tau * (1 - h)) * (1 - h)) / (2 * h)
+    assert abs(slope - H) <= 1e-6 + slack(tau) / h
+
+
+@given(rows(), taus, taus)
+def test_convexity_in_tau_and_in_its_inverse(row, a, b):
+    # "tau L is nondecreasing and convex in tau; L itself is convex in 1/tau"
+    s, p = row
+    a, b = sorted((a, b))
+    La, Lb = loss(s, p, a), loss(s, p, b)
+    room = a * slack(a) + b * slack(b)
+    assert a * La <= b * Lb + room
+    middle = (a + b) / 2
+    assert middle * loss(s, p, middle) <= (a * La + b * Lb) / 2 + 2 * room
+    assert loss(s, p, 2 / (1 / a + 1 / b)) <= (La + Lb) / 2 + 2 * slack(a)
+
+
+def test_loss_is_not_monotone_in_tau():
+    # "but not monotone"
+    L = [loss([0.0, 0.1, -1.0], 0, tau) for tau in (0.01, 0.3, 1e4)]
+    assert L[0] > L[1] < L[2]
+
+
+@given(rows(), taus)
+def test_bounds_for_similarities(row, tau):
+    # "For |s| <= 1: log(1+(N-1)e^{-2/tau}) <= L <= log(1+(N-1)e^{2/tau})"
+    s, p = row
+    n = len(s) - 1
+    low = math.log1p(n * math.exp(-2 / tau))
+    high = 2 / tau + math.log(math.exp(-2 / tau) + n) if n else 0.0
+    assert low - slack(tau) <= loss(s, p, tau) <= high + slack(tau)
+    assert loss(s, p, tau) >= 0
+    if n:  # both are reached
+        assert abs(loss([1.0] + n * [-1.0], 0, tau) - low) <= slack(tau)
+        assert abs(loss([-1.0] + n * [1.0], 0, tau) - high) <= slack(tau)
+
+
+@given(rows(2), taus, st.integers(1, 12))
+def test_hard_loss_is_below_by_at_most_log(row, tau, k):
+    # "0 <= L - L_hard(k) <= log((N-1)/k), zero at k = N-1"; beyond N-1 too
+    s, p = row
+    n = len(s) - 1
+    missing = loss(s, p, tau) - loss(s, p, tau, k)
+    assert -slack(tau) <= missing <= max(0.0, math.log(n / k)) + slack(tau)
+
+
+@given(rows(), taus, st.integers(0, 3))
+def test_k_beyond_n_is_the_ordinary_loss(row, tau, more):
+    s, p = row
+    k = max(1, len(s) - 1 + more)
+    assert abs(loss(s, p, tau, k) - loss(s, p, tau)) <= slack(tau)
+    assert push(s, p, tau, k) == push(s, p, tau) and penalty(s, p, tau, k) == penalty(s, p, tau)
+    assert abs(ctl.simple_loss(t(s), p_(p), k) - ctl.simple_loss(t(s), p_(p))) <= 10 * EPS
+
+
+@given(rows(2), taus, st.randoms(use_true_random=False), st.integers(-8, 8).map(float), st.sampled_from([0.25, 2.0, 3.0]))
+def test_invariances(row, tau, random, shift, c):
+    # "Invariant to a shift of all s, to a permutation of the negatives, and to (s, tau) -> (cs, c tau), c > 0"
+    s, p = row
+    assume(all(v * 64 == int(v * 64) for v in s))  # so that the shift is exact
+    L, g = loss(s, p, tau), push(s, p, tau)
+    shifted = [v + shift for v in s]
+    assert loss(shifted, p, tau) == L
+    near(push(shifted, p, tau), g, 4 * EPS * (10 + 20 / tau))
+    assert abs(loss([c * v for v in s], p, c * tau) - L) <= slack(tau)
+    near(push([c * v for v in s], p, c * tau), g, 1e-12)
+    order = list(range(len(s)))
+    random.shuffle(order)
+    assert abs(loss([s[j] for j in order], order.index(p), tau) - L) <= slack(tau)
+    near(push([s[j] for j in order], order.index(p), tau), [g[j] for j in order], 1e-12)
+
+
+@given(rows(2), st.integers(1, 12))
+def test_nearest_negatives(row, k):
+    # the positive is never among the k, wherever it ranks and whatever ties with it
+    s, p = row
+    found, columns = ctl.nearest_negatives(t(s), p_(p), k)
+    assert found.shape == columns.shape == (1, min(k, len(s) - 1))
+    c = columns[0].tolist()
+    assert p not in c and len(set(c)) == len(c) and found[0].tolist() == [s[j] for j in c]
+    assert sorted(found[0].tolist(), reverse=True) == [s[j] for j in ref_kept(s, p, k)]
+
+
+@given(rows(2), taus, st.integers(1, 3))
+def test_positive_always_in_the_denominator(row, tau, k):
+    # even where it is the farthest of all: with it L > (s_k-th - s_pos)/tau + log, never below 0
+    s, p = row
+    s = s[:p] + [-1.0] + s[p + 1:]
+    kept = ref_kept(s, p, k)
+    assert abs(loss(s, p, tau, k) - ref_loss([s[p]] + [s[j] for j in kept], 0, tau)) <= slack(tau)
+    assert loss(s, p, tau, k) >= 0
+    g = push(s, p, tau, k)
+    assert abs(math.fsum(g)) <= 1e-12 and sum(v != 0 for j, v in enumerate(g) if j != p) <= k
+
+
+@given(free, taus, ks)
+def test_n_1(s, tau, k):
+    # the positive alone: nothing to push
+    assert loss([s], 0, tau, k) == 0 and penalty([s], 0, tau, k) == [0] and push([s], 0, tau, k) == [0]
+    assert ctl.simple_loss(t([s]), p_(0), k).item() == 0 and ctl.triplet_loss(t([s]), p_(0)).item() == 0
+
+
+@pytest.mark.parametrize("N", [2, 3, 64])
+@pytest.mark.parametrize("tau", [1e-3, 0.07, 1e4])
+def test_all_equal(N, tau):
+    # ties throughout: L = log N, r and P uniform, whatever tau
+    s = [0.5] * N
+    assert abs(loss(s, 0, tau) - math.log(N)) <= slack(tau)
+    near(push(s, 0, tau), [1 / N - 1] + [1 / N] * (N - 1), 1e-12)
+    near(penalty(s, 0, tau), [0] + [1 / (N - 1)] * (N - 1), 1e-12)
+    assert abs(loss(s, 0, tau, 1) - math.log(2)) <= slack(tau)  # tied with the positive, one negative is kept
+
+
+def test_triplet_ties_share_the_gradient():
+    s = t([0.0, 0.5, 0.5, 0.1]).requires_grad_()
+    ctl.triplet_loss(s, p_(0)).sum().backward()
+    assert s.grad[0].tolist() == [-1.0, 0.5, 0.5, 0.0]
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------
+
+S, POS = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]]), torch.tensor([0, 2])
+WITH_TAU = [ctl.contrastive_loss, ctl.loss_gradient, ctl.relative_penalty]
+
+
+@pytest.mark.parametrize("f", WITH_TAU)
+@pytest.mark.parametrize("tau", [0, 0.0, -1, -0.1, math.nan, math.inf, -math.inf, True, "0.1", None, 1j])
+def test_bad_tau(f, tau):
+    with pytest.raises(ValueError, match="^tau "):
+        f(S, POS, tau)
+
+
+@pytest.mark.parametrize("f", WITH_TAU + [lambda s, p, tau, k: ctl.simple_loss(s, p, k)])
+@pytest.mark.parametrize("k", [0, -1, 1.5, 1.0, True, False, "1"])
+def test_bad_k(f, k):
+    with pytest.raises(ValueError, match="^k "):
+        f(S, POS, 0.1, k)
+
+
+ALL = WITH_TAU + [lambda s, p, tau: ctl.simple_loss(s, p), lambda s, p, tau: ctl.triplet_loss(s, p)]
+
+
+@pytest.mark.parametrize("f", ALL)
+@pytest.mark.parametrize("positive", [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0, 2], dtype=torch.int32),
+                                      torch.tensor([0.0, 2.0]), torch.tensor([0]), torch.tensor([[0], [2]]),
+                                      torch.tensor(0), torch.tensor([True, False])])
+def test_bad_positive(f, positive):
+    with pytest.raises(ValueError, match="^positive "):
+        f(S, positive, 0.1)
+
+
+@pytest.mark.parametrize("f", ALL)
+@pytest.mark.parametrize("s", [S.long(), S[0], S[None], S[:, :0], torch.where(S == S[0, 0], math.nan, S),
+                               torch.where(S == S[0, 0], math.inf, S), torch.where(S == S[0, 0], -math.inf, S)])
+def test_bad_similarity(f, s):
+    with pytest.raises(ValueError, match="^similarity "):
+        f(s, POS, 0.1)
+
+
+def test_not_finite_is_its_own_error():
+    with pytest.raises(ctl.NotFinite, match="NaN or infinity"):
+        ctl.contrastive_loss(S * math.nan, POS, 0.1)
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------
+
+def sphere(n, d, seed=0, dtype=torch.float64):
+    z = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(z, dim=1).to(dtype)
+
+
+def simplex(M):
+    z = torch.eye(M, dtype=torch.float64) - 1 / M
+    return z / z.norm(dim=1, keepdim=True)
+
+
+def dot(a, b):
+    return math.fsum(x * y for x, y in zip(a, b))
+
+
+def hyp0f1(b, x):
+    term, total = 1.0, 0.0
+    for n in range(200):
+        total += term
+        term *= x / ((b + n) * (n + 1))
+    return total
+
+
+@pytest.mark.parametrize("t_", [0.5, 2.0, 5.0])
+def test_uniformity_closed_cases(t_):
+    # "Orthonormal set -2t; antipodal pair -4t; all equal 0; regular simplex of M points -2tM/(M-1)" (sign turned)
+    one = sphere(1, 5)
+    assert ctl.uniformity(torch.eye(6, dtype=torch.float64), t_) == pytest.approx(2 * t_, abs=1e-12)
+    assert ctl.uniformity(torch.cat([one, -one]), t_) == pytest.approx(4 * t_, abs=1e-12)
+    assert ctl.uniformity(one.expand(7, 5), t_) == pytest.approx(0, abs=1e-12)
+    for M in (2, 3, 9):
+        assert ctl.uniformity(simplex(M), t_) == pytest.approx(2 * t_ * M / (M - 1), abs=1e-12)
+    assert math.isnan(ctl.uniformity(one, t_)) and math.isnan(ctl.uniformity(one[:0], t_))
+
+
+def test_uniformity_of_the_sphere():
+    # "uniform on the sphere: -2t + log 0F1(; d/2; t²) = -3.93753001 for d = 128, t = 2; d = 3: log((1-e^{-4t})/(4t))",
+    # within 5 of "about sqrt(0.2653/(M(M-1)))"
+    M = 2000
+    expected = -4 + math.log(hyp0f1(64, 4.0))
+    assert expected == pytest.approx(-3.93753001, abs=1e-8)
+    assert abs(ctl.uniformity(sphere(M, 128, 1, torch.float32)) + expected) <= 5 * math.sqrt(0.2653 / (M * (M - 1)))
+    for t_ in (0.5, 2.0):
+        E, E2 = ((1 - math.exp(-4 * u)) / (4 * u) for u in (t_, 2 * t_))
+        assert -2 * t_ + math.log(hyp0f1(1.5, t_ ** 2)) == pytest.approx(math.log(E), abs=1e-12)
+        sd = math.sqrt(2 * (E2 / E ** 2 - 1) / (M * (M - 1)))
+        assert abs(ctl.uniformity(sphere(M, 3, 2), t_) + math.log(E)) <= 5 * sd
+
+
+@given(st.integers(2, 12), st.integers(1, 6), seeds, st.floats(0.1, 5), st.integers(1, 13))
+@settings(max_examples=40)
+def test_uniformity_is_the_slow_loop_across_blocks(n, d, seed, t_, block):
+    # "mean over i<j of exp(-t||.||²), then log"; never above the simplex's 2tM/(M-1); blocks do not matter
+    z = sphere(n, d, seed)
+    x = z.tolist()
+    pairs = [math.exp(-t_ * math.fsum((a - b) ** 2 for a, b in zip(x[i], x[j]))) for i in range(n) for j in range(i)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ctl, "BLOCK", block)
+        found = ctl.uniformity(z, t_)
+    assert abs(found + math.log(mean(pairs))) <= 1e-11
+    assert found <= 2 * t_ * n / (n - 1) + 1e-11
+
+
+def test_uniformity_across_the_real_block():
+    z = sphere(ctl.BLOCK + 3, 4)
+    s = (z @ z.T)[tuple(torch.triu_indices(len(z), len(z), 1))]
+    assert abs(ctl.uniformity(z) + math.log(torch.exp(4 * (s - 1)).mean())) <= 1e-12
+
+
+def test_tolerance_closed_cases():
+    # "One-point classes add nothing; all points equal: 1; the two-dimensional antipodal pair in one class: -1"
+    pair = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    assert ctl.tolerance(pair, torch.tensor([5, 5])) == -1
+    assert math.isnan(ctl.tolerance(pair, torch.tensor([0, 1])))
+    z = sphere(1, 7).expand(6, 7)
+    assert ctl.tolerance(z, torch.zeros(6, dtype=torch.int64)) == pytest.approx(1, abs=1e-12)
+    assert ctl.tolerance(z, torch.tensor([0, 0, 3, 3, 3, 9])) == pytest.approx(1, abs=1e-12)
+    assert ctl.tolerance(torch.eye(4), torch.tensor([1, 1, 0, 0])) == pytest.approx(0, abs=1e-12)
+    for M in (2, 3, 8):
+        assert ctl.tolerance(simplex(M), torch.zeros(M, dtype=torch.int64)) == pytest.approx(-1 / (M - 1), abs=1e-12)
+
+
+@given(st.integers(2, 14), st.integers(1, 6), st.integers(1, 6), seeds)
+@settings(max_examples=60)
+def test_tolerance_is_the_slow_loop(n, d, classes, seed):
+    # mean over pairs i < j of one class, all such pairs weighing alike; labels need not be 0, 1, 2, ...
+    z = sphere(n, d, seed)
+    y = (torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed)) * 7 - 3).tolist()
+    x = z.tolist()
+    pairs = [dot(x[i], x[j]) for i in range(n) for j in range(i) if y[i] == y[j]]
+    found = ctl.tolerance(z, torch.tensor(y))
+    assert (math.isnan(found) if not pairs else abs(found - mean(pairs)) <= 1e-12)
+    alone = torch.cat([z, sphere(1, d, seed // 2)])  # a class of one point adds nothing
+    if pairs:
+        assert abs(ctl.tolerance(alone, torch.tensor(y + [99])) - found) <= 1e-12
+
+
+@given(st.integers(1, 9), st.integers(1, 6), seeds)
+@settings(max_examples=30)
+def test_alignment_is_the_slow_loop(n, d, seed):
+    a, b = sphere(n, d, seed), sphere(n, d, seed // 2 + 1)
+    expected = mean([math.fsum((u - v) ** 2 for u, v in zip(x, y)) for x, y in zip(a.tolist(), b.tolist())])
+    assert abs(ctl.alignment(a, b) - expected) <= 1e-12
+    assert ctl.alignment(a, a) == 0 and ctl.alignment(a, -a) == pytest.approx(4, abs=1e-12)
+
+
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 10), st.integers(1, 10), seeds)
+@settings(max_examples=40)
+def test_similarity_profile_is_the_slow_loop(n, m, top, block, seed):
+    # the positive's similarity, then the sorted negatives', averaged over anchors; nan where negatives run out
+    z, bank = sphere(n, 5, seed), sphere(m, 5, seed // 2 + 1)
+    own = torch.randint(m, (n,), generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ctl, "BLOCK", block)
+        found = ctl.similarity_profile(z, bank, own, top)
+    assert found.shape == (1 + top,) and found.dtype == torch.float64
+    lines = []
+    for x, p in zip(z.tolist(), own.tolist()):
+        s = [dot(x, b) for b in bank.tolist()]
+        lines.append([s[p]] + sorted(s[:p] + s[p + 1:], reverse=True))
+    for j, v in enumerate(found.tolist()):
+        assert math.isnan(v) if j >= m else abs(v - mean([line[j] for line in lines])) <= 1e-12
+
+
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(1, 25), st.sampled_from([0.07, 0.5]), st.integers(1, 10), seeds)
+@settings(max_examples=40)
+def test_knn_is_the_slow_loop(n, m, k, temperature, block, seed):
+    g = torch.Generator().manual_seed(seed)
+    train, test = sphere(n, 4, seed), sphere(m, 4, seed // 2 + 1)
+    train_y, test_y = torch.randint(4, (n,), generator=g), torch.randint(4, (m,), generator=g)
+    right = 0
+    for x, y in zip(test.tolist(), test_y.tolist()):
+        s = [dot(x, b) for b in train.tolist()]
+        votes = [0.0] * 4
+        for j in sorted(range(n), key=lambda j: -s[j])[:k]:
+            votes[train_y[j]] += math.exp(s[j] / temperature)
+        right += votes.index(max(votes)) == y
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ctl, "BLOCK", block)
+        assert ctl.knn_accuracy(train, train_y, test, test_y, k, temperature) == pytest.approx(100 * right / m, abs=1e-9)
+
+
+def test_knn_small_temperature_does_not_overflow():
+    z, y = sphere(30, 8, 0, torch.float32), torch.arange(30) % 3
+    assert ctl.knn_accuracy(z, y, z, y, temperature=0.01) == 100
+
+
+def test_unit_vectors_are_asked_for():
+    z, y = sphere(4, 3), torch.tensor([0, 0, 1, 1])
+    for bad in (z * 1.01, z * 0, z * math.nan, torch.eye(4).long(), z[0]):
+        for name, call in {"z": lambda: ctl.uniformity(bad), "z ": lambda: ctl.tolerance(bad, y),
+                           "z1": lambda: ctl.alignment(bad, z), "z2": lambda: ctl.alignment(z, bad),
+                           "z  ": lambda: ctl.similarity_profile(bad, z, torch.arange(4)),
+                           "bank_or_z2": lambda: ctl.similarity_profile(z, bad, torch.arange(4)),
+                           "train_z": lambda: ctl.knn_accuracy(bad, y, z, y),
+                           "test_z": lambda: ctl.knn_accuracy(z, y, bad, y)}.items():
+            with pytest.raises(ValueError, match=f"^{name.strip()} must"):
+                call()
+    for labels in (y.double(), y[:3], y[:, None]):
+        with pytest.raises(ValueError, match="^labels must"):
+            ctl.tolerance(z, labels)
+    with pytest.raises(ValueError, match="^z1 and z2 must"):
+        ctl.alignment(z, z[:3])
+
+
+# ---- linear probe ---------------------------------------------------------------------------------------------
+
+def probe_loop(views, y, test, test_y, epochs, lr, momentum, milestones, gamma, batch, seed):
+    """SGD by hand on W and b from 0, with the draws that linear_probe documents. Accuracy after every epoch."""
+    V, n, d = views.shape
+    classes = 1 + int(max(y.max(), test_y.max()))
+    W, b = torch.zeros(classes, d, dtype=views.dtype), torch.zeros(classes, dtype=views.dtype)
+    mW, mb = torch.zeros_like(W), torch.zeros_like(b)
+    g, curve = torch.Generator().manual_seed(seed), []
+    for epoch in range(epochs):
+        rate = lr * gamma ** sum(epoch >= m for m in milestones)
+        order, view = torch.randperm(n, generator=g), torch.randint(V, (n,), generator=g)
+        for start in range(0, n, batch):
+            at = order[start:start + batch]
+            h = views[view[start:start + batch], at]
+            e = torch.softmax(h @ W.T + b, dim=1)
+            e[torch.arange(len(at)), y[at]] -= 1
+            e = e / len(at)
+            mW, mb = momentum * mW + e.T @ h, momentum * mb + e.sum(dim=0)
+            W, b = W - rate * mW, b - rate * mb
+        curve.append(100 * ((test @ W.T + b).argmax(dim=1) == test_y).double().mean().item())
+    return curve
+
+
+def features(n, d, seed, noise):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(4, (n,), generator=g)
+    return torch.eye(4, d, dtype=torch.float64)[y] + noise * torch.randn(n, d, generator=g, dtype=torch.float64), y
+
+
+@pytest.mark.parametrize("V", [1, 2, 3])
+def test_linear_probe_is_sgd_by_hand_and_takes_the_last_epoch(V):
+    y = features(150, 6, 0, 0)[1]
+    views = torch.stack([features(150, 6, 0, 0.5)[0].roll(v, dims=1) for v in range(V)])
+    test, test_y = features(211, 6, 9, 0.5)
+    past_best = 0
+    for seed in range(4):
+        options = dict(epochs=6, lr=3.0, momentum=0.9, milestones=(2, 4), gamma=0.2, batch_size=32, seed=seed)
+        curve = probe_loop(views, y, test, test_y, *list(options.values())[:5], 32, seed)
+        found = ctl.linear_probe(views if V > 1 else views[0], y, test, test_y, **options)
+        assert found == pytest.approx(curve[-1], abs=1e-9)
+        assert ctl.linear_probe(views if V > 1 else views[0], y, test, test_y, **options) == found  # same seed, same result
+        past_best += curve[-1] < max(curve)
+    assert past_best  # so that reporting the best epoch would have failed
+
+
+def test_linear_probe_separable():
+    h, y = features(120, 8, 1, 0.02)
+    assert ctl.linear_probe(h.float(), y, h.float(), y, epochs=10) == 100
+    assert ctl.linear_probe(torch.stack([h, h]).float(), y, h.float(), y, epochs=10) == 100
+
+
+def test_linear_probe_uses_all_views():
+    # the second view alone shows class 1's place: from the first alone the test images can't be told apart
+    h, y = torch.zeros(60, 2), torch.arange(60) % 2
+    shown = torch.nn.functional.one_hot(y, 2).float()
+    assert ctl.linear_probe(torch.stack([h, shown]), y, shown, y, epochs=5) == 100
+    assert ctl.linear_probe(torch.stack([shown, h]), y, shown, y, epochs=5) == 100
+
+
+def test_linear_probe_leaves_the_global_generator_and_inputs_alone():
+    h, y = features(40, 4, 1, 0.3)
+    before = h.clone()
+    a = ctl.linear_probe(h, y, h, y, epochs=3)
+    torch.rand(1)
+    assert ctl.linear_probe(h, y, h, y, epochs=3) == a and torch.equal(h, before)
+
+
+# ---- memory bank ----------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 9), st.integers(2, 6), st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]), st.integers(1, 5), seeds)
+@settings(max_examples=40)
+def test_bank_updates(N, d, momentum, steps, seed):
+    # rows stay unit; exactly the given rows move, to normalise(m·row + (1 - m)·z)
+    g = torch.Generator().manual_seed(seed)
+    bank = ctl.MemoryBank(N, d, momentum, generator=g)
+    assert bank.rows.shape == (N, d) and bank.rows.dtype == torch.float32
+    assert (bank.rows.norm(dim=1) - 1).abs().max() <= 4 * EPS32
+    for _ in range(steps):
+        index = torch.randperm(N, generator=g)[:int(torch.randint(1, N + 1, (1,), generator=g))]
+        z = torch.nn.functional.normalize(torch.randn(len(index), d, generator=g), dim=1).requires_grad_()
+        old, expected = bank.rows.clone(), bank.rows.tolist()
+        for i, x in zip(index.tolist(), z.tolist()):
+            mixed = [momentum * a + (1 - momentum) * b for a, b in zip(expected[i], x)]
+            length = math.sqrt(dot(mixed, mixed))
+            assume(length > 0.05)
+            expected[i] = [v / length for v in mixed]
+        bank.update(index, z)
+        assert not bank.rows.requires_grad
+        assert (bank.rows - torch.tensor(expected)).abs().max() <= 1e-5
+        still = torch.ones(N, dtype=torch.bool)
+        still[index] = False
+        assert torch.equal(bank.rows[still], old[still])
+        assert (bank.rows.norm(dim=1) - 1).abs().max() <= 4 * EPS32
+
+
+def test_bank_similarity_and_init():
+    init = 3 * sphere(7, 5, 3, torch.float32)
+    before = init.clone()
+    bank = ctl.MemoryBank(7, 5, init=init)
+    assert (bank.rows - init / 3).abs().max() <= 4 * EPS32
+    z = sphere(4, 5, 4, torch.float32).requires_grad_()
+    s = bank.similarity(z)
+    assert s.dtype == torch.float32 and torch.equal(s, z @ bank.rows.T)
+    s.sum().backward()
+    assert (z.grad - bank.rows.sum(dim=0)).abs().max() <= 1e-6  # the gradient reaches z
+    low = bank.similarity(z.detach().bfloat16())
+    assert low.dtype == torch.float32 and torch.equal(low, z.detach().bfloat16().float() @ bank.rows.T)
+    bank.update(torch.tensor([0]), z[:1])
+    assert torch.equal(init, before)  # the caller's tensor is not written to
+
+
+def test_bank_random_init_is_uniform_and_from_the_generator():
+    a, b, c = (ctl.MemoryBank(2000, 128, generator=torch.Generator().manual_seed(s)).rows for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert abs(ctl.uniformity(a) - 3.93753001) <= 5 * math.sqrt(0.2653 / (2000 * 1999))
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, math.nan, math.inf])
+def test_bank_bad_momentum(momentum):
+    with pytest.raises(ValueError, match="^momentum "):
+        ctl.MemoryBank(3, 4, momentum)
+
+
+@pytest.mark.parametrize("init", ["zeros", None, torch.zeros(3, 5), torch.zeros(12), [[1.0] * 4] * 3])
+def test_bank_bad_init(init):
+    with pytest.raises(ValueError, match="^init "):
+        ctl.MemoryBank(3, 4, init=init)
+
+
+def test_examples_in_docstrings():
+    failed, tried = doctest.testmod(ctl)
+    assert failed == 0 and tried >= 2
+
+
+quick = settings(max_examples=10, deadline=None, derandomize=True, database=None)
+shapes = functools.cache(ctl.load_shapes)  # made once for the whole file; nothing writes into it
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ctl, "load_shapes", shapes)
+
+
+@pytest.fixture
+def cli(capsys):
+    def run(*argv):
+        capsys.readouterr()
+        status = ctl.main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return status, out, err
+    return run
+
+
+def test_edges_found_by_trying_to_break_it():
+    with pytest.raises(ValueError, match="tau"):  # 0 in float32
+        ctl.contrastive_loss(torch.zeros(1, 2), torch.tensor([0]), 1e-50)
+    poles = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert ctl.uniformity(poles, t=200.0) == math.inf
+    with pytest.raises(ValueError, match="positive"):
+        ctl.similarity_profile(poles, poles, torch.tensor([0]))
+    for init in (torch.zeros(2, 2), torch.full((2, 2), math.nan)):
+        with pytest.raises(ValueError, match="init"):
+            ctl.MemoryBank(2, 2, init=init)
+    with pytest.raises(ValueError, match="momentum"):
+        ctl.MemoryBank(2, 2, momentum="0.5")
+    bank = ctl.MemoryBank(2, 2, momentum=0.5, init=poles)
+    bank.update(torch.tensor([0, 1]), -poles)  # mixes to zero: the rows stay
+    assert torch.equal(bank.rows, poles)
+
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+@pytest.fixture(scope="module")
+def full():
+    torch.manual_seed(0)
+    return ctl.ResNet18()
+
+
+def test_network_shape(full):
+    assert sum(p.numel() for p in full.parameters()) == 11_234_496
+    convolutions = [m for m in full.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 20 and sum(c.kernel_size == (1, 1) for c in convolutions) == 3
+    assert convolutions[0].kernel_size == (3, 3) and convolutions[0].stride == (1, 1) and convolutions[0].in_channels == 3
+    assert all(c.bias is None for c in convolutions)
+    assert not any(isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)) for m in full.modules())
+
+
+@pytest.mark.parametrize("width,dim", [(4, 16), (8, 5)])
+def test_network_sizes(width, dim):
+    model, seen = ctl.ResNet18(width, dim), []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape[1:])))
+    x = torch.randn(3, 3, 32, 32)
+    assert model.features(x).shape == (3, 8 * width)
+    assert seen == [(width, 32, 32), (2 * width, 16, 16), (4 * width, 8, 8), (8 * width, 4, 4)]
+    z = model(x)
+    assert z.shape == (3, dim) and z.dtype == torch.float32
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(z, F.normalize(model.head(model.features(x)), dim=1))
+
+
+def test_network_init(full):
+    for m in full.modules():
+        if isinstance(m, nn.Conv2d):
+            std = math.sqrt(2 / (m.out_channels * m.kernel_size[0] ** 2))
+            assert abs(m.weight.std().item() / std - 1) < 5 / math.sqrt(2 * m.weight.numel()) + 0.005
+            assert abs(m.weight.mean().item()) < 5 * std / math.sqrt(m.weight.numel())
+        if isinstance(m, nn.BatchNorm2d):
+            assert (m.weight == 1).all() and (m.bias == 0).all()
+    bound = math.sqrt(6 / (512 + 128))
+    assert 0.99 * bound < full.head.weight.abs().max() <= bound and (full.head.bias == 0).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_network_is_torchvisions(full, training):
+    theirs = torchvision.models.resnet18(num_classes=128)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    mine = copy.deepcopy(full)
+    state, own = theirs.state_dict(), mine.state_dict()
+    assert len(state) == len(own)
+    theirs.load_state_dict({name: value for name, value in zip(state, own.values())})
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    mine.train(training), theirs.train(training)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), F.normalize(theirs(x), dim=1), atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- augmentation
+
+
+def reference(images, a):
+    adjust = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    size, out = images.shape[-1], []
+    for i, image in enumerate(images):
+        top, left, height, width = a.crop[i].tolist()
+        x = TF.resized_crop(image.float() / 255, top, left, height, width, [size, size],
+                            transforms.InterpolationMode.BILINEAR, antialias=True)
+        for operation in a.order[i].tolist():
+            x = adjust[operation](x, a.factor[i, operation].item())
+        x = TF.hflip(x) if a.flip[i] else x
+        out.append(TF.rgb_to_grayscale(x, num_output_channels=3) if a.grey[i] else x)
+    return torch.stack(out)
+
+
+def some_images(n, size, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+    if n > 4:
+        x[0], x[1], x[2] = 0, 255, 77  # black, white, grey: no hue
+        x[3, 0] = x[3, 1]  # two channels tie
+    return x
+
+
+@quick
+@given(seed=st.integers(0, 2**31), size=st.sampled_from([32, 16]))
+def test_augment_is_torchvisions(seed, size):
+    x = some_images(16, size, seed)
+    a = ctl.draw_augmentation(16, torch.Generator().manual_seed(seed), size)
+    got = ctl.augment(x, a)
+    assert got.shape == x.shape and got.dtype == torch.float32 and got.min() >= 0 and got.max() <= 1
+    torch.testing.assert_close(got, reference(x, a), atol=1e-5, rtol=0)
+
+
+def test_augment_every_order():
+    x = some_images(24, 16, 5)
+    a = ctl.draw_augmentation(24, torch.Generator().manual_seed(3), 16)
+    a = dataclasses.replace(a, order=torch.tensor(list(itertools.permutations(range(4)))), grey=torch.zeros(24, dtype=torch.bool))
+    torch.testing.assert_close(ctl.augment(x, a), reference(x, a), atol=1e-5, rtol=0)
+
+
+CROPS = [(0, 0, 32, 32), (31, 0, 1, 32), (0, 31, 32, 1), (31, 31, 1, 1), (0, 0, 1, 1), (5, 7, 1, 20), (3, 0, 29, 2), (16, 16, 16, 16)]
+
+
+def test_augment_extreme_crops():
+    n = len(CROPS)
+    x = some_images(n + 5, 32, 9)[5:]
+    a = ctl.Augmentation(torch.tensor(CROPS), torch.arange(n) % 2 == 1, torch.arange(4).repeat(n, 1),
+                         torch.tensor([[1.0, 1, 1, 0]]).repeat(n, 1), torch.zeros(n, dtype=torch.bool))
+    got = ctl.augment(x, a)
+    torch.testing.assert_close(got, reference(x, a), atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[0], x[0].float() / 255, atol=1e-5, rtol=0)  # nothing done: the image as it is
+
+
+@quick
+@given(seed=st.integers(0, 2**31))
+def test_taps_stay_inside_the_crop(seed):
+    a = ctl.draw_augmentation(8, torch.Generator().manual_seed(seed), 32)
+    a = dataclasses.replace(a, factor=torch.tensor([[1.0, 1, 1, 0]]).repeat(8, 1), grey=torch.zeros(8, dtype=torch.bool))
+    a.crop[:len(CROPS)] = torch.where(torch.rand(8, 1, generator=torch.Generator().manual_seed(seed)) < 0.5, torch.tensor(CROPS), a.crop)
+    x = torch.full((8, 3, 32, 32), 255, dtype=torch.uint8)
+    for i, (top, left, height, width) in enumerate(a.crop.tolist()):
+        x[i, :, top:top + height, left:left + width] = 0
+    assert (ctl.augment(x, a) == 0).all()
+    weights = ctl._resize_weights(a.crop[:, 0].float(), a.crop[:, 2].float(), 32)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(8, 32), atol=1e-5, rtol=0)
+
+
+@quick
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 20))
+def test_augment_images_are_independent(seed, n):
+    x = some_images(n, 32, seed)
+    a = ctl.draw_augmentation(n, torch.Generator().manual_seed(seed), 32)
+    p = torch.randperm(n, generator=torch.Generator().manual_seed(seed + 1))
+    assert torch.equal(ctl.augment(x[p], a[p]), ctl.augment(x, a)[p])
+
+
+@pytest.fixture(scope="module")
+def draws():
+    return ctl.draw_augmentation(20_000, torch.Generator().manual_seed(12), 32)
+
+
+def alike(a, b, what):
+    p = scipy.stats.ks_2samp(np.asarray(a, dtype=float), np.asarray(b, dtype=float)).pvalue
+    assert p > 1e-3, (what, p)
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_crop_law(size):
+    torch.manual_seed(77)
+    ours = ctl.draw_augmentation(20_000, torch.Generator().manual_seed(12), size).crop.double()
+    blank = torch.zeros(3, size, size)
+    theirs = torch.tensor([transforms.RandomResizedCrop.get_params(blank, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)]).double()
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= size).all() and (ours[:, 2:] >= 1).all()
+    for name, f in {"height": lambda c: c[:, 2], "width": lambda c: c[:, 3], "area": lambda c: c[:, 2] * c[:, 3],
+                    "ratio": lambda c: c[:, 3] / c[:, 2], "top": lambda c: c[:, 0], "left": lambda c: c[:, 1],
+                    "relative top": lambda c: c[c[:, 2] < size, 0] / (size - c[c[:, 2] < size, 2]),
+                    "relative left": lambda c: c[c[:, 3] < size, 1] / (size - c[c[:, 3] < size, 3])}.items():
+        alike(f(ours), f(theirs), name)
+    if size == 32:
+        area = (ours[:, 2] * ours[:, 3] / size**2).mean().item()
+        assert abs(area - 0.551) < 0.01, area
+
+
+def test_colour_law(draws):
+    torch.manual_seed(78)
+    theirs = [transforms.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.4, 0.4)) for _ in range(5000)]
+    for i in range(4):
+        alike(draws.factor[:, i], [t[1 + i] for t in theirs], f"factor {i}")
+    codes = (draws.order * torch.tensor([64, 16, 4, 1])).sum(1)
+    assert (draws.order.sort(1).values == torch.arange(4)).all()
+    _, counts = codes.unique(return_counts=True)
+    assert len(counts) == 24 and scipy.stats.chisquare(counts.numpy()).pvalue > 1e-3
+    for flag, share in ((draws.flip, 0.5), (draws.grey, 0.2)):
+        assert scipy.stats.binomtest(int(flag.sum()), len(flag), share).pvalue > 1e-3
+    independent = torch.stack([draws.flip.double(), draws.grey.double(), *draws.factor.double().T, *draws.crop[:, 2:].double().T])
+    correlation = torch.corrcoef(independent) - torch.eye(8)
+    correlation[6, 7] = correlation[7, 6] = 0  # height and width do go together
+    assert correlation.abs().max() < 5 / math.sqrt(len(draws.flip))
+
+
+def test_draw_follows_the_generator():
+    draw = lambda seed, **more: vars(ctl.draw_augmentation(50, torch.Generator().manual_seed(seed), **more))
+    assert all(torch.equal(a, b) for a, b in zip(draw(1).values(), draw(1).values()))
+    assert not torch.equal(draw(1)["factor"], draw(2)["factor"])
+    assert not draw(1, flip=False)["flip"].any() and draw(1)["flip"].any()
+    assert all(torch.equal(draw(1)[key], draw(1, flip=False)[key]) for key in ("crop", "order", "factor", "grey"))
+
+
+def test_normalise():
+    x = torch.rand(2, 3, 8, 8)
+    want = TF.normalize(x, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+    torch.testing.assert_close(ctl.normalise(x), want)
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+def test_shapes_are_always_the_same():
+    first, second = shapes(), ctl.load_shapes.__wrapped__()
+    assert first.sha256() == second.sha256() and first.name == "shapes"
+    assert first.train_images.shape == (4000, 3, 32, 32) and first.test_images.shape == (2000, 3, 32, 32)
+    assert first.train_images.dtype == torch.uint8 and first.train_labels.dtype == torch.int64
+    assert first.train_labels.bincount().tolist() == [400] * 10 and first.test_labels.bincount().tolist() == [200] * 10
+    hashes = [hashlib.sha256(i.numpy().tobytes()).digest() for i in torch.cat([first.train_images, first.test_images])]
+    assert len(set(hashes)) == 6000
+
+
+@pytest.mark.parametrize("what", ["pixels", "colour", "brightness", "spread"])
+def test_shapes_do_not_give_the_class_away(what):
+    d = shapes()
+    def h(x):
+        x = x.float() / 255 - 0.5
+        return {"pixels": x.flatten(1), "colour": x.mean((2, 3)) * 4, "brightness": x.mean((1, 2, 3))[:, None] * 4,
+                "spread": torch.cat([x.mean((2, 3)), x.std((2, 3))], 1) * 4}[what]
+    limit = {"pixels": 25, "colour": 16, "brightness": 16, "spread": 25}[what]
+    n = 2000
+    accuracy = ctl.linear_probe(h(d.train_images[:n]), d.train_labels[:n], h(d.test_images[:1000]), d.test_labels[:1000],
+                                epochs=12, lr=0.01 if what == "pixels" else 1.0, milestones=(8, 10))
+    assert 5 < accuracy < limit, accuracy
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=40), seed=st.integers(0, 100))
+def test_balanced_order(labels, seed):
+    y = torch.tensor(labels)
+    order = ctl.balanced_order(y, seed)
+    assert sorted(order.tolist()) == list(range(len(y)))
+    there = y.bincount(minlength=5)
+    for m in range(len(y) + 1):
+        count = y[order[:m]].bincount(minlength=5)
+        assert all(count[c] == min(there[c], count.max()) or count[c] == count.max() - 1 for c in range(5))
+
+
+def test_balanced_order_is_random_and_takes_subsets():
+    y = torch.arange(100) % 10
+    a, b = ctl.balanced_order(y), ctl.balanced_order(y, 1)
+    assert torch.equal(a, ctl.balanced_order(y)) and not torch.equal(a, b)
+    config = ctl.make_config("smoke", subset=50, test_subset=30)
+    data, available = ctl.take_subset(shapes(), config)
+    assert available == 4000 and data.train_labels.bincount().tolist() == [5] * 10 and data.test_labels.bincount().tolist() == [3] * 10
+    other, _ = ctl.take_subset(shapes(), ctl.make_config("smoke", subset=50, test_subset=30, seed=1))
+    assert data.sha256() == other.sha256()
+    with pytest.raises(ctl.BadInput, match="subset 4001"):
+        ctl.take_subset(shapes(), ctl.make_config("smoke", subset=4001))
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def make_download(name, where, monkeypatch):
+    """The files of a small dataset in the real format, torchvision's sums and addresses turned to them, and the images."""
+    rng, where = np.random.default_rng(0), Path(where)
+    where.mkdir(parents=True)
+    real = torchvision.datasets.utils._urlretrieve  # asks a reply for its length, which a file's has not
+
+    def retrieve(url, filename, *rest):
+        return shutil.copy(url.removeprefix("file://"), filename) if url.startswith("file://") else real(url, filename, *rest)
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", retrieve)
+    if name == "svhn":
+        truth, split = [], {}
+        for part, n in (("train", 30), ("test", 20)):
+            x = rng.integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
+            y = (np.arange(n) % 10 + 1).astype(np.uint8)[:, None]
+            scipy.io.savemat(where / f"{part}_32x32.mat", {"X": x, "y": y})
+            split[part] = [(where / f"{part}_32x32.mat").as_uri(), f"{part}_32x32.mat", md5(where / f"{part}_32x32.mat")]
+            truth += [x.transpose(3, 2, 0, 1), y[:, 0] % 10]
+        monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", split)
+        return truth
+    ten = name == "cifar10"
+    cls, key = (torchvision.datasets.CIFAR10, "labels") if ten else (torchvision.datasets.CIFAR100, "fine_labels")
+    base = where / cls.base_folder
+    base.mkdir()
+    names = [[f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]] if ten else [["train"], ["test"]]
+    truth, lists = [], []
+    for files in names:
+        xs, ys, entries = [], [], []
+        for file in files:
+            x = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+            y = rng.integers(0, 10 if ten else 100, 10).tolist()
+            (base / file).write_bytes(pickle.dumps({"data": x, key: y}))
+            xs.append(x.reshape(-1, 3, 32, 32)), ys.extend(y), entries.append([file, md5(base / file)])
+        truth += [np.concatenate(xs), np.array(ys)]
+        lists.append(entries)
+    meta = dict(cls.meta)
+    (base / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: [str(i) for i in range(10 if ten else 100)]}))
+    meta["md5"] = md5(base / meta["filename"])
+    with tarfile.open(where / cls.filename, "w:gz") as tar:
+        tar.add(base, cls.base_folder)
+    shutil.rmtree(base)
+    for attribute, value in dict(url=(where / cls.filename).as_uri(), tgz_md5=md5(where / cls.filename), train_list=lists[0],
+                                 test_list=lists[1], meta=meta).items():
+        monkeypatch.setattr(cls, attribute, value)
+    return truth
+
+
+def break_address(name, monkeypatch, url):
+    if name == "svhn":
+        split = torchvision.datasets.SVHN.split_list
+        monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", {k: [f"{url}/{v[1]}", *v[1:]] for k, v in split.items()})
+    else:
+        cls = ctl.DOWNLOADS[name]
+        monkeypatch.setattr(cls, "url", f"{url}/{cls.filename}")
+
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_download(name, tmp_path, monkeypatch):
+    truth = make_download(name, tmp_path / "server", monkeypatch)
+    data = ctl.load_dataset(name, tmp_path / "data")
+    tensors = (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    assert data.name == name and [t.dtype for t in tensors] == [torch.uint8, torch.int64] * 2
+    for got, want in zip(tensors, truth):
+        assert np.array_equal(got.numpy(), want)
+    if name == "svhn":
+        assert data.train_labels.min() == 0 and data.train_labels[9] == 0
+    break_address(name, monkeypatch, NOWHERE)  # there already: no network
+    assert ctl.load_dataset(name, tmp_path / "data").sha256() == data.sha256()
+    with pytest.raises(ctl.BadInput, match=f"(?s)cannot download {name}.*--dataset"):
+        ctl.load_dataset(name, tmp_path / "empty")
+    with pytest.raises(ctl.BadInput, match="size"):
+        ctl.load_dataset(name, tmp_path / "data", size=16)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn"])
+def test_download_with_wrong_sum(name, tmp_path, monkeypatch):
+    make_download(name, tmp_path / "server", monkeypatch)
+    for file in (tmp_path / "server").iterdir():
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(ctl.Stop) as stop:
+        ctl.load_dataset(name, tmp_path / "data")
+    assert stop.value.status == 1 and name in str(stop.value)
+
+
+def make_folder(root, train=("a", "b"), test=("a", "b"), each=6):
+    g = np.random.default_rng(1)
+    for part, classes in (("train", train), ("test", test)):
+        for c in classes:
+            (root / part / c).mkdir(parents=True)
+            for i in range(each):
+                Image.fromarray(g.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / part / c / f"{i}.png")
+    return root
+
+
+def test_folder(tmp_path):
+    root = make_folder(tmp_path / "pets", train=("zebra", "ant", "cat"), test=("cat", "zebra"), each=1)
+    Image.new("RGB", (100, 50), (10, 200, 30)).save(root / "train/ant/1.png")
+    Image.new("L", (20, 45), 99).save(root / "train/ant/2.png")
+    Image.new("RGBA", (32, 32), (1, 2, 3, 128)).save(root / "train/ant/3.png")
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 255  # the middle square
+    Image.fromarray(wide).save(root / "train/ant/4.png")
+    data = ctl.load_dataset(str(root))
+    assert data.name == "pets" and data.train_images.shape == (7, 3, 32, 32) and data.train_images.dtype == torch.uint8
+    assert data.train_labels.tolist() == [0, 0, 0, 0, 0, 1, 2] and data.test_labels.tolist() == [1, 2]
+    plain = np.asarray(Image.open(root / "train/ant/0.png")).transpose(2, 0, 1)
+    assert np.array_equal(data.train_images[0].numpy(), plain)
+    for row, colour in ((1, (10, 200, 30)), (2, (99, 99, 99)), (3, (1, 2, 3)), (4, (255, 255, 255))):
+        assert (data.train_images[row] == torch.tensor(colour, dtype=torch.uint8)[:, None, None]).all(), row
+    assert ctl.load_folder(root, 16).train_images.shape == (7, 3, 16, 16)
+    (root / "train/ant/notes.txt").write_text("no image")
+    assert len(ctl.load_folder(root).train_images) == 7
+    assert ctl.load_folder(root.rename(tmp_path / "cifar10")).name == "cifar10-folder"
+
+
+def spoil_missing(root):
+    shutil.rmtree(root)
+    return "train"
+
+
+def spoil_no_test(root):
+    shutil.rmtree(root / "test")
+    return "test"
+
+
+def spoil_extra(root):
+    shutil.copytree(root / "test/a", root / "test/yak")
+    return "yak"
+
+
+def spoil_broken(root):
+    (root / "train/b/3.png").write_bytes((root / "train/b/3.png").read_bytes()[:200])
+    return "3.png"
+
+
+def spoil_nonsense(root):
+    (root / "test/b/3.png").write_bytes(b"no png\n")
+    return "3.png"
+
+
+def spoil_empty_class(root):
+    (root / "train/aardvark").mkdir()
+    return "aardvark"
+
+
+def spoil_empty_train(root):
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    return "train"
+
+
+def spoil_is_a_file(root):
+    shutil.rmtree(root)
+    root.write_text("")
+    return "train"
+
+
+@pytest.mark.parametrize("spoil", [v for k, v in list(globals().items()) if k.startswith("spoil_")])
+def test_bad_folder(spoil, tmp_path, cli):
+    root = make_folder(tmp_path / "pets")
+    named = spoil(root)
+    with pytest.raises(ctl.BadInput) as error:
+        ctl.load_folder(root)
+    assert named in str(error.value) and "\n" not in str(error.value)
+    status, _, err = cli("--preset", "smoke", "--dataset", root)
+    assert status == 2 and err.count("\n") == 1 and not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------------------------- settings and command line
+
+BAD = """
+--tau 0.3 --loss simple | tau
+--tau 0.3 --loss triplet | tau
+--tau 0.3 --loss hard-simple | tau
+--tau 0 | tau
+--tau -1 | tau
+--tau nan | tau
+--tau inf | tau
+--tau abc | tau
+--tau | tau
+--k 5 | k
+--k 5 --loss simple | k
+--alpha 0.1 --loss triplet | alpha
+--k 5 --alpha 0.1 --loss hard | k and alpha
+--k 0 --loss hard | k
+--k 1.5 --loss hard | k
+--alpha 0 --loss hard | alpha
+--alpha 1.5 --loss hard | alpha
+--nonsense 1 | nonsense
+--ta 0.3 | --ta
+--preset nonsense | preset
+--loss nonsense | loss
+--milestones 1 2 --schedule cosine | milestones
+--milestones 1 2 | milestones
+--gamma 0.5 | gamma
+--milestones 2 1 --schedule step | milestones
+--milestones 1.5 --schedule step | milestones
+--batch-size 1 | batch_size
+--batch-size 0 | batch_size
+--size 20 | size
+--size 8 | size
+--epochs 0 | epochs
+--epochs 1.5 | epochs
+--lr 0 | lr
+--lr nan | lr
+--momentum 1.5 | momentum
+--bank-momentum -0.1 | bank_momentum
+--bank-init zeros | bank-init
+--seed -1 | seed
+--subset 4001 | subset 4001
+--test-subset 2001 | test_subset 2001
+--subset 5 | at least 10
+--dataset no/such/folder | no/such/folder
+--match-step --loss simple | match_step
+--precision float16 | precision
+stray | stray
+--device nonsense | device
+--device cuda:99 | device
+--threads 0 | threads
+--report --tau 0.3 | tau
+--report | no records
+--force=yes | force
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_command_line(line, cli, tmp_path):
+    line, names = line.split(" | ")
+    argv = line.split()
+    status, out, err = cli(*([] if "--preset" in argv or "--report" in argv else ["--preset", "smoke"]), *argv)
+    assert status == 2
+    assert err.count("\n") == 1 and err.endswith("\n") and err.startswith("ctl.py: ") and names in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help(cli):
+    status, out, err = cli("--help")
+    assert status == 0 and err == ""
+    for field in dataclasses.fields(ctl.Config):
+        assert f"--{field.name.replace('_', '-')}" in out and field.metadata["help"].split("\n")[0][:20] in out
+    for preset in ctl.PRESETS:
+        assert preset in out
+    assert "--report" in out
+
+
+def test_presets():
+    paper = ctl.make_config()
+    assert (paper.loss, paper.tau, paper.dataset, paper.epochs, paper.batch_size, paper.width, paper.dim) == (
+        "contrastive", 0.3, "cifar10", 200, 128, 64, 128)
+    assert (paper.lr, paper.momentum, paper.weight_decay, paper.milestones, paper.bank_momentum, paper.bank_init, paper.flip) == (
+        0.03, 0.9, 5e-4, (160, 190), 0.5, "random", True)
+    mini = ctl.make_config("mini", loss="hard")
+    assert (mini.subset, mini.width, mini.batch_size, mini.epochs, mini.schedule, mini.lr, mini.warmup, mini.alpha, mini.bank_init,
+            mini.k) == (5000, 16, 64, 60, "cosine", 0.03, 3.0, 0.0819, "embeddings", None)
+    assert ctl.make_config("mini").alpha is None and ctl.make_config("mini", loss="hard", k=7).alpha is None
+    assert ctl.make_config("paper", loss="hard").k == 4095 and ctl.make_config("paper", loss="simple").tau is None
+    assert ctl.make_config("smoke", epochs=9).epochs == 9 and ctl.make_config("smoke").dataset == "shapes"
+    assert ctl.make_config("smoke", schedule="step", milestones=(1, 2)).milestones == (1, 2)
+    for preset in ctl.PRESETS:
+        for loss in ctl.LOSSES:
+            assert ctl.make_config(preset, loss=loss).preset == preset
+    for wrong in (dict(tau="0.3"), dict(tau=True), dict(epochs=2.0), dict(flip=1), dict(loss=None), dict(milestones=(3, 3), schedule="step")):
+        with pytest.raises(ctl.BadInput):
+            ctl.make_config("smoke", **wrong)
+    assert ctl.make_config("smoke", tau=1).tau == 1.0 and type(ctl.make_config("smoke", tau=1).tau) is float
+
+
+def test_learning_rate():
+    paper = ctl.make_config()
+    for at, lr in ((0, 0.03), (159.99, 0.03), (160, 0.003), (189.9, 0.003), (190, 0.0003), (199.9, 0.0003)):
+        assert ctl.learning_rate(paper, at) == pytest.approx(lr)
+    mini = ctl.make_config("mini")
+    assert ctl.learning_rate(mini, 0) == 0 and ctl.learning_rate(mini, 60) == pytest.approx(0)
+    assert ctl.learning_rate(mini, 30) == pytest.approx(0.015)
+    assert ctl.learning_rate(mini, 1.5) == pytest.approx(0.03 * 0.5 * (1 + math.cos(math.pi * 1.5 / 60)) / 2)
+    assert ctl.learning_rate(mini, 3) == pytest.approx(0.03 * (1 + math.cos(math.pi * 3 / 60)) / 2)
+    assert ctl.learning_rate(ctl.make_config("mini", warmup=0.0), 0) == 0.03
+    rates = [ctl.learning_rate(mini, 3 + i / 10) for i in range(570)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_cell_paths_differ():
+    path = lambda **given: str(ctl.cell_path(ctl.make_config("smoke", **given), "shapes"))
+    assert path(tau=0.3) == "smoke/shapes/contrastive_tau0.3_seed0" == path()
+    assert path(tau=1) == "smoke/shapes/contrastive_tau1.0_seed0"
+    assert path(loss="simple", seed=3) == "smoke/shapes/simple_seed3"
+    assert "_k-7" in path(loss="hard", k=7)
+    assert "_milestones-1-2" in path(schedule="step", milestones=(1, 2))
+    given = [dict(), dict(tau=0.07), dict(seed=1), dict(loss="hard"), dict(loss="hard", tau=0.07), dict(loss="simple"), dict(loss="triplet"),
+             dict(loss="hard-simple"), dict(loss="hard", k=3), dict(loss="hard", alpha=0.5), dict(epochs=4), dict(width=8), dict(flip=False),
+             dict(match_step=True), dict(bank_init="random"), dict(subset=90), dict(test_subset=90), dict(lr=0.1), dict(dim=8),
+             dict(batch_size=8), dict(momentum=0.5), dict(weight_decay=0.0), dict(bank_momentum=0.1), dict(warmup=0.0), dict(size=16),
+             dict(precision="bfloat16"), dict(eval_every=0), dict(schedule="step"), dict(schedule="step", milestones=(1,)), dict(schedule="step", gamma=0.5)]
+    assert len({path(**g) for g in given}) == len(given)
+    assert path(device="cpu", threads=2, data="x", results="y", runs="z", force=True) == path()
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+SMOKE = ["--preset", "smoke", "--tau", "0.3", "--threads", "1"]
+CELL = "smoke/shapes/contrastive_tau0.3_seed0"
+
+
+def record_of(folder="."):
+    found = list(Path(folder, "results").rglob("*.json"))
+    assert len(found) == 1, found
+    return json.loads(found[0].read_text())
+
+
+def outside(record):
+    return {k: v for k, v in record.items() if k not in ("timing", "environment")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder, before = tmp_path_factory.mktemp("undisturbed"), ctl.load_shapes
+    ctl.load_shapes = shapes
+    try:
+        assert ctl.main([*SMOKE, "--results", str(folder / "results"), "--runs", str(folder / "runs")]) == 0
+    finally:
+        ctl.load_shapes = before
+    return folder
+
+
+def test_record(undisturbed):
+    text = (undisturbed / "results" / f"{CELL}.json").read_text()
+    r = json.loads(text)
+    assert {"config", "protocol_version", "environment", "history", "final", "timing", "sha256", "data"} == r.keys()
+    assert text == json.dumps(r, indent=1, sort_keys=True) + "\n" and "NaN" not in text
+    assert r["config"]["tau"] == 0.3 and r["config"]["dataset"] == "shapes" and r["config"]["preset"] == "smoke"
+    assert not r["config"].keys() & {"device", "threads", "data", "results", "runs", "force"}
+    assert r["data"]["train"] == 100 and r["data"]["test"] == 100 and r["protocol_version"] == ctl.PROTOCOL_VERSION
+    assert r["timing"].keys() == {"seconds"} and r["timing"]["seconds"] > 0
+    assert {"device", "threads", "torch", "torchvision", "python", "source_sha256"} <= r["environment"].keys()
+    assert r["environment"]["source_sha256"] == hashlib.sha256(Path(ctl.__file__).read_bytes()).hexdigest()
+    metrics = {"accuracy", "accuracy_heldout", "knn", "uniformity", "tolerance", "alignment", "profile"}
+    assert r["final"].keys() == metrics | {"untrained"} and r["final"]["untrained"].keys() == metrics
+    assert len(r["final"]["profile"]) == 11 and 0 <= r["final"]["accuracy"] <= 100
+    assert [e["epoch"] for e in r["history"]] == [1, 2, 3] and "knn" in r["history"][1] and "knn" not in r["history"][0]
+    assert all(math.isfinite(e["loss"]) for e in r["history"]) and r["history"][0]["lr"] == 0
+    rest = {k: v for k, v in r.items() if k not in ("sha256", "timing", "environment")}
+    assert r["sha256"] == hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    assert ctl.read_record(undisturbed / "results" / f"{CELL}.json") == r
+    assert r["final"]["uniformity"] != r["final"]["untrained"]["uniformity"]
+
+
+def test_same_command_elsewhere_gives_the_same(undisturbed, cli, tmp_path):
+    torch.manual_seed(99)  # nothing depends on the global generator
+    status, out, err = cli(*SMOKE)
+    assert status == 0 and err == "" and "record: results/" in out
+    assert outside(record_of(tmp_path)) == outside(record_of(undisturbed))
+    before = (tmp_path / "results" / f"{CELL}.json").read_bytes()
+    status, out, _ = cli(*SMOKE)
+    assert status == 0 and "already" in out and (tmp_path / "results" / f"{CELL}.json").read_bytes() == before
+    assert {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*")} == {"results", "runs"}
+    assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".tmp")]
+
+
+def test_other_tau_and_seed_give_others(undisturbed, cli, tmp_path):
+    reference_record = record_of(undisturbed)
+    for more in (["--tau", "0.7"], ["--seed", "1"]):
+        assert cli(*SMOKE, *more)[0] == 0
+    found = sorted(str(p.relative_to("results")) for p in Path("results").rglob("*.json"))
+    assert found == ["smoke/shapes/contrastive_tau0.3_seed1.json", "smoke/shapes/contrastive_tau0.7_seed0.json"]
+    seed1, tau7 = (json.loads(Path("results", f).read_text()) for f in found)
+    losses = [[e["loss"] for e in r["history"]] for r in (reference_record, seed1, tau7)]
+    assert len({tuple(l) for l in losses}) == 3 and len({r["sha256"] for r in (reference_record, seed1, tau7)}) == 3
+    assert tau7["final"]["untrained"] == reference_record["final"]["untrained"] != seed1["final"]["untrained"]
+    assert tau7["data"] == reference_record["data"] == seed1["data"]
+    status, out, _ = cli("--report")
+    assert status == 0 and "contrastive" in out and "0.3" in out and "0.7" in out and "preset smoke, dataset shapes" in out
+    assert cli("--report", "--preset", "mini")[0] == 2
+
+
+def test_edited_record_is_refused(undisturbed, cli):
+    shutil.copytree(undisturbed / "results", "results")
+    path = Path("results", f"{CELL}.json")
+    r = json.loads(path.read_text())
+    for spoilt in (json.dumps({**r, "final": {**r["final"], "accuracy": 99.0}}), "{", "[]", "{}", ""):
+        path.write_text(spoilt)
+        status, _, err = cli(*SMOKE)
+        assert status == 2 and "sha256" in err and err.count("\n") == 1
+        assert path.read_text() == spoilt
+    assert cli("--report")[0] == 2
+
+
+def test_record_of_another_run_is_refused(undisturbed, cli):
+    path = Path("results", CELL.replace("0.3", "0.7") + ".json")
+    path.parent.mkdir(parents=True)
+    shutil.copy(undisturbed / "results" / f"{CELL}.json", path)
+    status, _, err = cli("--preset", "smoke", "--tau", "0.7")
+    assert status == 2 and "tau is 0.3 there, 0.7 here" in err
+
+
+SHORT = ["--preset", "smoke", "--epochs", "1", "--threads", "1"]
+
+
+@pytest.mark.parametrize("more,name", [
+    (["--loss", "contrastive"], "contrastive_tau0.3_epochs-1"), (["--loss", "hard"], "hard_tau0.3_epochs-1"),
+    (["--loss", "simple"], "simple_epochs-1"), (["--loss", "hard-simple"], "hard-simple_epochs-1"),
+    (["--loss", "triplet"], "triplet_epochs-1"), (["--loss", "hard", "--k", "5"], "hard_tau0.3_epochs-1_k-5"),
+    (["--match-step", "--tau", "0.07"], "contrastive_tau0.07_epochs-1_match_step-True"),
+    (["--bank-init", "random"], "contrastive_tau0.3_epochs-1_bank_init-random"),
+    (["--no-flip", "--precision", "bfloat16"], "contrastive_tau0.3_epochs-1_flip-False_precision-bfloat16"),
+    (["--size", "16", "--batch-size", "33"], "contrastive_tau0.3_epochs-1_batch_size-33_size-16")])
+def test_each_kind_of_run(more, name, cli):
+    status, out, err = cli(*SHORT, *more)
+    assert status == 0, err
+    (path,) = Path("results").rglob("*.json")
+    assert path.name.startswith(name.split("_epochs")[0]) and path.stem.endswith("_seed0")
+    for part in name.split("_epochs-1")[1].split("_"):
+        assert part in path.stem
+    assert "_epochs-1" in path.stem
+
+
+def test_match_step_scales_the_loss():
+    s, p = torch.rand(4, 9), torch.arange(4)
+    plain, matched = (ctl.make_config("smoke", tau=0.07, match_step=m) for m in (False, True))
+    torch.testing.assert_close(0.07 * ctl.training_loss(plain, s, p, None), ctl.training_loss(matched, s, p, None))
+
+
+def test_folder_run(cli, tmp_path):
+    make_folder(tmp_path / "pets")
+    status, _, err = cli(*SHORT, "--dataset", "pets", "--subset", "12", "--test-subset", "12", "--batch-size", "4")
+    assert status == 0, err
+    (path,) = Path("results").rglob("*.json")
+    r = json.loads(path.read_text())
+    assert path.parts[:3] == ("results", "smoke", "pets") and r["config"]["dataset"] == "pets" and str(tmp_path) not in path.read_text()
+
+
+def test_fallback(cli, monkeypatch):
+    def unreachable(*_):
+        raise ctl.BadInput("cannot download cifar10 (no route)")
+    monkeypatch.setattr(ctl, "load_download", unreachable)
+    small = ["--preset", "mini", "--epochs", "1", "--width", "4", "--dim", "8", "--subset", "60", "--test-subset", "60", "--threads", "1"]
+    status, out, err = cli(*small)
+    assert status == 0 and err == "" and "NOTICE" in out and "shapes" in out and "NOT CIFAR-10" in out
+    (path,) = Path("results").rglob("*.json")
+    assert json.loads(path.read_text())["config"]["dataset"] == "shapes" and path.parts[:3] == ("results", "mini", "shapes")
+    status, out, err = cli(*small, "--dataset", "cifar10")  # named outright: never replaced
+    assert status == 2 and "NOTICE" not in out and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------- resume
+
+
+def kill_at(monkeypatch, *when, number=signal.SIGTERM):
+    """SIGTERM while step number `when` (from 1, counted over the calls) is at work."""
+    count, step = itertools.count(1), TRAIN_STEP
+
+    def killing(*args, **kwargs):
+        if next(count) in when:
+            os.kill(os.getpid(), number)
+        return step(*args, **kwargs)
+    monkeypatch.setattr(ctl, "train_step", killing)
+
+
+TRAIN_STEP = ctl.train_step
+CHECKPOINT = Path("runs", f"{CELL}.pt")
+
+
+@pytest.mark.parametrize("at", [1, 4, 8, 20, 7, 14, 21])  # 7 steps an epoch: 7, 14 and 21 are the last of theirs
+def test_interrupted_run_goes_on_exactly(at, undisturbed, cli, monkeypatch):
+    kill_at(monkeypatch, at)
+    status, _, err = cli(*SMOKE)
+    assert status == 143 and "SIGTERM" in err and err.count("\n") == 1 and CHECKPOINT.exists()
+    assert not list(Path("results").rglob("*.json"))
+    kill_at(monkeypatch)
+    torch.manual_seed(at)
+    status, out, err = cli(*SMOKE)
+    assert status == 0, err
+    assert "going on from" in out
+    assert outside(record_of()) == outside(record_of(undisturbed))
+
+
+def test_interrupted_many_times(undisturbed, cli, monkeypatch):
+    for _ in range(4):
+        kill_at(monkeypatch, 4, number=signal.SIGINT)
+        assert cli(*SMOKE)[0] == 130
+    kill_at(monkeypatch)
+    assert cli(*SMOKE)[0] == 0
+    assert record_of()["sha256"] == record_of(undisturbed)["sha256"]
+
+
+def test_handlers_are_put_back(cli, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    kill_at(monkeypatch, 1)
+    assert cli(*SHORT)[0] == 143
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoint(undisturbed, cli, monkeypatch):
+    for at in (3, 2):
+        kill_at(monkeypatch, at)
+        assert cli(*SMOKE)[0] == 143
+    previous = CHECKPOINT.with_suffix(".previous")
+    assert previous.exists()
+    flip_bit(CHECKPOINT)
+    kill_at(monkeypatch, 1)
+    status, out, _ = cli(*SMOKE)
+    assert status == 143 and "damaged" in out and "epoch 1, step 4" in out  # the previous: three steps done
+    for path in (CHECKPOINT, previous):
+        path.write_bytes(path.read_bytes()[:20])
+    kill_at(monkeypatch)
+    status, out, _ = cli(*SMOKE)
+    assert status == 0 and out.count("damaged") == 2 and "going on" not in out
+    assert record_of()["sha256"] == record_of(undisturbed)["sha256"]
+
+
+def test_checkpoint_of_another_tau(cli, monkeypatch):
+    kill_at(monkeypatch, 2)
+    assert cli(*SMOKE)[0] == 143
+    other = Path("runs", CELL.replace("0.3", "0.7") + ".pt")
+    shutil.copy(CHECKPOINT, other)
+    kill_at(monkeypatch)
+    status, _, err = cli(*SMOKE, "--tau", "0.7")
+    assert status == 2 and "tau is 0.3 there, 0.7 here" in err and err.count("\n") == 1
+    assert other.read_bytes() == CHECKPOINT.read_bytes() and not list(Path("results").rglob("*.json"))
+    assert cli(*SMOKE, "--tau", "0.7", "--force")[0] == 0
+
+
+def test_lock(cli):
+    path = CHECKPOINT.with_suffix(".lock")
+    path.parent.mkdir(parents=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        status, _, err = cli(*SMOKE)
+        assert status == 3 and err.count("\n") == 1 and str(path) in err
+    assert not list(Path("results").rglob("*.json"))
+
+
+@pytest.mark.parametrize("more", [[], ["--loss", "simple"], ["--loss", "hard-simple"],
+                                  ["--epochs", "1", "--batch-size", "100"]])  # the last: the only step breaks the weights
+def test_loss_not_finite(more, cli):
+    status, _, err = cli("--preset", "smoke", "--threads", "1", "--lr", "1e30", "--warmup", "0", *more)
+    assert status == 1 and "finite" in err and err.count("\n") == 1
+    assert not list(Path("results").rglob("*.json"))
+
+
+def test_no_room_to_write(cli):
+    Path("results").write_text("a file")
+    status, _, err = cli(*SMOKE)
+    assert status == 2 and "results" in err and err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------- train_step
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_train_step(bfloat16):
+    config = ctl.make_config("smoke", tau=0.2)
+    torch.manual_seed(0)
+    model = ctl.ResNet18(4, 16)
+    bank = ctl.MemoryBank(30, 16, 0.25, generator=torch.Generator().manual_seed(0))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = shapes().train_images[:30]
+    index = torch.tensor([17, 3, 29, 8, 11])
+    drawn = ctl.draw_augmentation(5, torch.Generator().manual_seed(4))
+    seen, old, weights = {}, bank.rows.clone(), [p.detach().clone() for p in model.parameters()]
+    model.stem[0].register_forward_hook(lambda m, i, o: seen.update(dtype=o.dtype))
+    model.register_forward_hook(lambda m, i, o: seen.update(z=o.detach().clone(), views=i[0].clone()))
+    step = optimiser.step
+
+    def spy():
+        seen["bank at the step"] = bank.rows.clone()
+        seen["gradient"] = [p.grad.clone() for p in model.parameters()]
+        return step()
+    optimiser.step = spy
+    loss = ctl.train_step(model, bank, optimiser, images, index, drawn, config, None, bfloat16)
+    assert loss.shape == () and loss.dtype == torch.float32 and not loss.requires_grad
+    assert seen["dtype"] == (torch.bfloat16 if bfloat16 else torch.float32) and seen["z"].dtype == torch.float32
+    assert torch.equal(seen["views"], ctl.normalise(ctl.augment(images[index], drawn)))
+    assert torch.equal(seen["bank at the step"], old)  # the bank moves after the weights
+    for p, before, gradient in zip(model.parameters(), weights, seen["gradient"]):
+        torch.testing.assert_close(p.detach(), before - 0.1 * gradient)
+    want = ctl.contrastive_loss(seen["z"] @ old.T, index, 0.2).mean()
+    torch.testing.assert_close(loss, want)
+    rows = old.clone()
+    rows[index] = F.normalize(0.25 * old[index] + 0.75 * seen["z"], dim=1)
+    torch.testing.assert_close(bank.rows, rows)
+    untouched = torch.ones(30, dtype=torch.bool)
+    untouched[index] = False
+    assert torch.equal(bank.rows[untouched], old[untouched])
+
+
+def test_centre_head():
+    config = ctl.make_config("smoke")
+    torch.manual_seed(0)
+    model, images = ctl.ResNet18(4, 16), shapes().train_images[:64]
+    out = ctl.centre_head(model, images, config, torch.device("cpu"), False)
+    assert out.shape == (64, 16)
+    torch.testing.assert_close(out.mean(0), torch.zeros(16), atol=1e-5, rtol=0)
+    again = torch.cat([model.head(model.train().features(ctl.normalise(ctl.augment(batch, ctl.draw_augmentation(
+        16, ctl.generator(0, "centre", step), 32))))) for step, batch in enumerate(images.split(16))])
+    torch.testing.assert_close(again.detach(), out, atol=1e-4, rtol=1e-4)
+
+
+def test_generator_depends_on_the_whole_key():
+    keys = [(0, "views", 0, 0), (0, "views", 0, 1), (0, "views", 1, 0), (1, "views", 0, 0), (0, "order", 0), (0, "network")]
+    assert len({ctl.generator(*k).initial_seed() for k in keys}) == len(keys)
+    assert ctl.generator(*keys[0]).initial_seed() == ctl.generator(*keys[0]).initial_seed()
