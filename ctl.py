@@ -537,9 +537,9 @@ SHAPES = ("disk", "ring", "crescent", "square", "frame", "triangle", "star", "cr
 
 
 def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
-    """Ten classes of shape, made by code, always the same. All else is nuisance: position, size, rotation, the two
-    colours, a grating behind and noise. Which of the two colours is the brighter is chance, so that neither colour
-    nor mean brightness tells the class."""
+    """Ten classes of shape, made by code, always the same. An image is papered with one shape, so that a crop of it still
+    shows which. All else is nuisance: position, size, rotation, the two colours, a grating behind and noise. Which of
+    the two colours is the brighter is chance, so that neither colour nor mean brightness tells the class."""
     n, random = train + test, torch.Generator().manual_seed(0)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -549,9 +549,10 @@ def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
     axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres, in [-1, 1]
     y, x = axis[:, None], axis[None, :]
     # In the shape's own frame: moved, turned and scaled so that it fills about the unit disk.
-    angle, radius = uniform(0, 2 * math.pi), uniform(0.4, 0.7)
-    dx, dy = (x - uniform(-0.3, 0.3)) / radius, (y - uniform(-0.3, 0.3)) / radius
+    angle, radius = uniform(0, 2 * math.pi), uniform(0.25, 0.6)
+    dx, dy = (x - uniform(-1, 1)) / radius, (y - uniform(-1, 1)) / radius
     u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()  # (n, size, size)
+    u, v = (u + 1.2) % 2.4 - 1.2, (v + 1.2) % 2.4 - 1.2  # the same in every cell of the paper, 2.4 wide
     inside = torch.empty(n, size, size)
     for label, shape in enumerate(SHAPES):
         of_class = labels == label
@@ -559,9 +560,9 @@ def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
     mask = (0.5 + inside * radius * size / 2).clamp(0, 1)[:, None]  # (n, 1, size, size), edges one pixel wide
     behind = uniform(0, 1, 3)
     front = (behind + uniform(0.3, 0.7, 3)) % 1
-    turn, waves, phase = uniform(0, 2 * math.pi), uniform(2, 8), uniform(0, 2 * math.pi)
+    turn, waves, phase = uniform(0, 2 * math.pi), uniform(2, 16), uniform(0, 2 * math.pi)
     grating = torch.sin(waves * (x * turn.cos() + y * turn.sin()) + phase)[:, None]
-    images = behind + mask * (front - behind) + (1 - mask) * uniform(-0.1, 0.1, 3) * grating
+    images = behind + mask * (front - behind) + (1 - mask) * uniform(-0.25, 0.25, 3) * grating
     images = images + 0.03 * torch.randn(images.shape, generator=random)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return Data("shapes", images[:train], labels[:train], images[train:], labels[train:])
