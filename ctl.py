@@ -80,7 +80,7 @@ PROTOCOL_VERSION = 1  # goes up when the same command would give other results; 
 
 
 class NotFinite(ValueError):
-    """A similarity is NaN or infinite."""
+    """A similarity or embedding is NaN or infinite."""
 
 
 def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float, k: int | None = None) -> Tensor:
@@ -326,6 +326,8 @@ def _unit_vectors(**embeddings: Tensor) -> None:
     for name, z in embeddings.items():
         if z.ndim != 2 or not z.is_floating_point():
             raise ValueError(f"{name} must be (n, dim) floating point, not {_describe(z)}")
+        if not z.isfinite().all():
+            raise NotFinite(f"{name} must be finite, but holds NaN or infinity")
         if not ((torch.linalg.vector_norm(z, dim=1) - 1).abs() < 1e-3).all():
             raise ValueError(f"{name} must hold unit vectors: divide each row by its length first")
 
@@ -903,7 +905,11 @@ def train(config: Config) -> dict:
             say(f"{record_path} is there already (--force runs it again)")
             show(record, record_path)
             return record
-        return run_cell(config, data, folder_images, device, identity, record_path, checkpoint_path, signals)
+        try:
+            return run_cell(config, data, folder_images, device, identity, record_path, checkpoint_path, signals)
+        except NotFinite as error:
+            raise Stop(f"the loss is not finite ({error}): nothing is recorded (a good checkpoint from before, if there "
+                       f"is one, stays in {checkpoint_path}); try a lower --lr or a larger --tau")
 
 
 def run_cell(config: Config, data: Data, available: int, device: torch.device, identity: dict, record_path: Path,
@@ -954,10 +960,6 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
                 "step": step, "losses": [loss.cpu() for loss in losses], "history": history, "untrained": untrained,
                 "seconds": seconds + time.perf_counter() - began})
 
-    def stop_not_finite() -> None:
-        raise Stop(f"the loss is not finite in epoch {epoch + 1}: nothing is recorded (a good checkpoint from before, "
-                   f"if there is one, stays in {checkpoint_path}); try a lower --lr or a larger --tau")
-
     last_saved, losses = time.perf_counter(), [torch.as_tensor(loss) for loss in losses]
     while epoch < config.epochs:
         order = torch.randperm(N, generator=generator(config.seed, "order", epoch)).split(config.batch_size)
@@ -968,10 +970,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate(config, epoch + step / steps)
                 drawn = draw_augmentation(len(index), generator(config.seed, "views", epoch, step), config.size, config.flip)
-                try:
-                    loss = train_step(model, bank, optimiser, images, index, drawn, config, k, bfloat16)
-                except NotFinite:
-                    stop_not_finite()
+                loss = train_step(model, bank, optimiser, images, index, drawn, config, k, bfloat16)
                 losses.append(loss)  # stays on the device: to look at it would make a GPU wait
                 step += 1
                 bar.update()
@@ -981,7 +980,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
                     signals.leave(checkpoint_path)
         mean = torch.stack([loss.cpu() for loss in losses]).double().mean().item()
         if not finite():
-            stop_not_finite()
+            raise NotFinite(f"in epoch {epoch + 1}")
         entry = {"epoch": epoch + 1, "loss": mean, "lr": learning_rate(config, epoch)}
         rate = config.batch_size * max(1, steps - first) / (time.perf_counter() - epoch_began)
         epoch, step, losses = epoch + 1, 0, []
