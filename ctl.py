@@ -539,33 +539,40 @@ SHAPES = ("disk", "ring", "crescent", "square", "frame", "triangle", "star", "cr
 
 
 def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
-    """Ten classes of shape, made by code, always the same. An image is papered with one shape, so that a crop of it still
-    shows which. All else is nuisance: position, size, rotation, the two colours, a grating behind and noise. Which of
-    the two colours is the brighter is chance, so that neither colour nor mean brightness tells the class."""
+    """Ten classes of shape, made by code, always the same. An image is papered with one shape, light and dark pieces in
+    turn, so that a crop of it still shows which, and neither colour nor mean brightness tells. All else is nuisance:
+    position, size, rotation, the colours, a texture behind, from coarse to fine, and noise."""
     n, random = train + test, torch.Generator().manual_seed(0)
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=random)
+    def uniform(low: float, high: float, channels: int = 1) -> Tensor:
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=random)
+
+    def loguniform(low: float, high: float) -> Tensor:
+        return uniform(math.log(low), math.log(high)).exp()
 
     labels = torch.arange(n) % len(SHAPES)
     axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres, in [-1, 1]
     y, x = axis[:, None], axis[None, :]
-    # In the shape's own frame: moved, turned and scaled so that it fills about the unit disk.
-    angle, radius = uniform(0, 2 * math.pi), uniform(0.25, 0.6)
+    # In the paper's own frame: moved, turned and scaled so that a shape fills about the unit disk, a piece is 2.4 wide.
+    angle, radius = uniform(0, 2 * math.pi), loguniform(0.25, 0.65)
     dx, dy = (x - uniform(-1, 1)) / radius, (y - uniform(-1, 1)) / radius
-    u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()  # (n, size, size)
-    u, v = (u + 1.2) % 2.4 - 1.2, (v + 1.2) % 2.4 - 1.2  # the same in every cell of the paper, 2.4 wide
-    inside = torch.empty(n, size, size)
+    u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()  # (n, 1, size, size)
+    light = 1 - 2 * (((u / 2.4).floor() + (v / 2.4).floor()) % 2)  # 1 and -1, as on a chessboard
+    u, v = u % 2.4 - 1.2, v % 2.4 - 1.2
+    inside = torch.empty(n, 1, size, size)
     for label, shape in enumerate(SHAPES):
         of_class = labels == label
         inside[of_class] = depth_inside(shape, u[of_class], v[of_class])
-    mask = (0.5 + inside * radius * size / 2).clamp(0, 1)[:, None]  # (n, 1, size, size), edges one pixel wide
-    behind = uniform(0, 1, 3)
-    front = (behind + uniform(0.3, 0.7, 3)) % 1
-    turn, waves, phase = uniform(0, 2 * math.pi), uniform(2, 16), uniform(0, 2 * math.pi)
-    grating = torch.sin(waves * (x * turn.cos() + y * turn.sin()) + phase)[:, None]
-    images = behind + mask * (front - behind) + (1 - mask) * uniform(-0.25, 0.25, 3) * grating
-    images = images + 0.03 * torch.randn(images.shape, generator=random)
+    mask = (0.5 + inside * radius * size / 2).clamp(0, 1)  # edges one pixel wide
+    saturation = uniform(0, 0.6)
+    behind = uniform(0.4, 0.6) + saturation * uniform(-0.5, 0.5, 3)  # (n, 3, 1, 1)
+    front = behind + uniform(0.35, 0.45) * light + saturation * uniform(-0.5, 0.5, 3)
+    for cells in (2, 4, 8, 16):
+        texture = torch.rand(n, 3, cells + 1, cells + 1, generator=random) * 2 - 1
+        texture = torch.lerp(texture.mean(dim=1, keepdim=True), texture, uniform(0, 1))  # from grey to coloured
+        behind = behind + loguniform(0.02, 0.25) * F.interpolate(texture, size=(size, size), mode="bilinear", align_corners=True)
+    images = torch.lerp(behind, front, mask)
+    images = images + 0.02 * torch.randn(images.shape, generator=random)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return Data("shapes", images[:train], labels[:train], images[train:], labels[train:])
 
@@ -829,7 +836,8 @@ MINI = dict(epochs=60, batch_size=64, width=16, schedule="cosine", warmup=3.0, b
 PRESETS = {
     "paper": {},
     "mini": MINI,
-    "quick": {**MINI, "dataset": "shapes", "size": 24, "width": 8, "subset": 1000, "test_subset": 1000, "eval_every": 0},
+    "quick": {**MINI, "dataset": "shapes", "size": 24, "width": 8, "subset": 500, "test_subset": 1000, "batch_size": 16,
+              "epochs": 160, "lr": 0.01, "eval_every": 0},
     "smoke": {**MINI, "dataset": "shapes", "epochs": 3, "batch_size": 16, "width": 4, "dim": 16, "warmup": 1.0, "subset": 100,
               "test_subset": 100, "eval_every": 2},
 }
