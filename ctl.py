@@ -53,12 +53,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows has none: there two runs of one cell are not kept apart
-    fcntl = None
+    import resource
+except ImportError:  # Windows has neither: there two runs of one cell are not kept apart, and memory is not measured
+    fcntl = resource = None
 
 PROTOCOL_VERSION = 1  # goes up when the same command would give other results; versions are never averaged
 
@@ -99,7 +101,7 @@ def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float, k: int | 
     if k is not None:
         similarity = torch.cat([s_ii, nearest_negatives(similarity, positive, k)[0]], dim=1)  # (B, 1 + k)
     # Eq. 1: L = -log[ exp(s_ii/tau) / sum_k exp(s_ik/tau) ] = log sum_k exp((s_ik - s_ii)/tau)
-    return torch.logsumexp((similarity - s_ii) / tau, dim=1)
+    return torch.logsumexp((similarity - s_ii).div_(tau), dim=1)  # in place: (B, N) may be large
 
 
 def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> Tensor:
@@ -662,11 +664,15 @@ def augment(images: Tensor, parameters: Augmentation) -> Tensor:
 
     Equal to torchvision's transforms on float images; its PIL pipeline rounds to 256 levels after every step.
     """
+    if images.device.type == "cpu" and len(images) > 64:  # larger tensors cost a CPU more memory than sums
+        parts = range(0, len(images), 64)
+        return torch.cat([augment(images[i:i + 64], parameters[i:i + 64]) for i in parts])
     a, size = parameters, images.shape[-1]
     top, left, height, width = a.crop.float().unbind(dim=1)
     rows, columns = _resize_weights(top, height, size), _resize_weights(left, width, size)
     columns = torch.where(a.flip[:, None, None], columns.flip(1), columns)
-    x = rows[:, None] @ (images.float() / 255) @ columns[:, None].transpose(2, 3)
+    x = rows[:, None] @ images.float().div_(255)  # (B, 3, size, size)
+    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, (3, size))
     # Brightness, contrast and saturation are one blend, cheap; the hue is dear: it is shifted once, between the
     # blends that come before it and those that come after.
     hue_place = (a.order == HUE).int().argmax(dim=1)
@@ -699,7 +705,7 @@ def _blend(x: Tensor, a: Augmentation, place: int, active: Tensor) -> Tensor:
     grey = _grey(x)
     towards = torch.where(operation == SATURATION, grey, grey.mean(dim=(2, 3), keepdim=True))
     towards = torch.where(operation == BRIGHTNESS, 0.0, towards)
-    return (factor * x + (1 - factor) * towards).clamp(0, 1)
+    return (factor * x).add_((1 - factor) * towards).clamp_(0, 1)  # in place: new memory costs more than the sums
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -708,18 +714,22 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     value = x.amax(dim=1)
     chroma = value - x.amin(dim=1)
     c = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    hue = hue + 6 * shift[:, None, None]  # in sixths of the circle
+    hue = torch.where(value == r, (g - b).div_(c), torch.where(value == g, (b - r).div_(c).add_(2), (r - g).div_(c).add_(4)))
+    hue += 6 * shift[:, None, None]  # in sixths of the circle
     # Each channel falls from `value` to `value - chroma` and rises again, a third of the circle after the one before.
     corner = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
-    k = (corner + hue[:, None]) % 6  # (B, 3, s, s)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = corner + hue[:, None]  # (B, 3, s, s)
+    k -= (k / 6).floor_().mul_(6)  # k modulo 6, at a third of what % costs
+    share = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return share.mul_(chroma[:, None]).neg_().add_(value[:, None])
+
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def normalise(x: Tensor) -> Tensor:
     """Views as the network wants them: the authors' mean and standard deviation, channels last."""
-    mean = torch.tensor([0.4914, 0.4822, 0.4465], device=x.device)[:, None, None]
-    std = torch.tensor([0.2023, 0.1994, 0.2010], device=x.device)[:, None, None]
+    mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (MEAN, STD))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -923,18 +933,11 @@ def train(config: Config) -> dict:
 def run_cell(config: Config, data: Data, available: int, device: torch.device, identity: dict, record_path: Path,
              checkpoint_path: Path, signals: Signals) -> dict:
     N, began = len(data.train_images), time.perf_counter()
-    k = config.k if config.alpha is None else max(1, int(config.alpha * N))
-    bfloat16 = config.precision == "bfloat16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    k, bfloat16 = negatives_kept(config, N), in_bfloat16(config, device)
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     data = dataclasses.replace(data, train_images=images, train_labels=labels,
                                test_images=data.test_images.to(device), test_labels=data.test_labels.to(device))
-    with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that all devices start alike
-        torch.manual_seed(generator(config.seed, "network").initial_seed())
-        model = ResNet18(config.width, config.dim)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum,
-                                weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
+    model, optimiser = make_model(config, device)
     saved = None if config.force else load_checkpoint(checkpoint_path, identity)
     steps = math.ceil(N / config.batch_size)
     name = f"{config.loss}{f' tau {config.tau}' if config.tau else ''}"
@@ -1013,18 +1016,48 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
 
 
 def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor, index: Tensor,
-               drawn: Augmentation, config: Config, k: int | None, bfloat16: bool) -> Tensor:
-    """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the mean loss, ()."""
+               drawn: Augmentation, config: Config, k: int | None, bfloat16: bool, mark=lambda part: None) -> Tensor:
+    """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the mean loss, ().
+    `mark` is told what has just been done, for --profile."""
     index = index.to(images.device, non_blocking=True)  # (B,), and the column of each anchor's own image
     views = normalise(augment(images[index], drawn.to(images.device)))  # (B, 3, size, size)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+    mark("augmentation")
+    with half_precision(images.device, bfloat16):
         z = model(views)  # (B, dim)
+    mark("forward")
     loss = training_loss(config, bank.similarity(z), index, k).mean()
+    mark("similarities and loss")
     optimiser.zero_grad()
     loss.backward()
+    mark("backward")
     optimiser.step()
+    mark("optimiser")
     bank.update(index, z.detach())  # after the step, as in the authors' code
+    mark("bank update")
     return loss.detach()
+
+
+def half_precision(device: torch.device, bfloat16: bool):
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+
+
+def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.optim.Optimizer]:
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that all devices start alike
+        torch.manual_seed(generator(config.seed, "network").initial_seed())
+        model = ResNet18(config.width, config.dim)
+    model = model.to(device, memory_format=torch.channels_last)
+    return model, torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum,
+                                  weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
+
+
+def negatives_kept(config: Config, N: int) -> int | None:
+    """How many nearest negatives the hard losses keep among N training images; None for the others."""
+    return config.k if config.alpha is None else max(1, int(config.alpha * N))
+
+
+def in_bfloat16(config: Config, device: torch.device) -> bool:
+    return config.precision == "bfloat16" or (
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
 @torch.no_grad()
@@ -1037,7 +1070,7 @@ def centre_head(model: ResNet18, images: Tensor, config: Config, device: torch.d
     outputs = []
     for step, batch in enumerate(images.split(config.batch_size)):
         drawn = draw_augmentation(len(batch), generator(config.seed, "centre", step), config.size, config.flip)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with half_precision(device, bfloat16):
             outputs.append(model.head(model.features(normalise(augment(batch, drawn.to(device))))).float())
     outputs = torch.cat(outputs)
     mean = outputs.mean(dim=0)
@@ -1051,7 +1084,7 @@ def embed(model: ResNet18, images: Tensor, view=lambda images: images.float() / 
     training, h, z = model.training, [], []
     model.eval()
     for batch in images.split(256):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+        with half_precision(images.device, bfloat16):
             features = model.features(normalise(view(batch)))
             h.append(features.float())
             z.append(F.normalize(model.head(features).float(), dim=1))
@@ -1122,18 +1155,159 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def network_alone(model: ResNet18, views: Tensor, bfloat16: bool) -> None:
+    """The least that a step costs: forward and backward of the network, and nothing else."""
+    model.zero_grad()
+    with half_precision(views.device, bfloat16):
+        z = model(views)
+    z.backward(torch.ones_like(z))
+
+
 def seconds_per_step(config: Config, device: torch.device, bfloat16: bool) -> float:
     """Time of a step of the network alone, measured on a copy, for the estimate in the first line printed."""
-    with torch.random.fork_rng(devices=[]):
-        model = ResNet18(config.width, config.dim).to(device, memory_format=torch.channels_last)
-    views = torch.zeros(config.batch_size, 3, config.size, config.size, device=device)
+    model, views = make_model(config, device)[0], torch.zeros(config.batch_size, 3, config.size, config.size, device=device)
     for _ in range(2):  # the first is the warm-up
-        began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            loss = model(normalise(views)).sum()
-        loss.backward()
-        loss.item()
-    return time.perf_counter() - began
+        clock = Clock(device)
+        network_alone(model, normalise(views), bfloat16)
+        clock.mark("network")
+    return clock.read()["network"] / 1000
+
+
+class Clock:
+    """Milliseconds from mark to mark. A GPU runs behind the program: there events stand in for the clock."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.marks = device, []
+        self.mark("start")
+
+    def mark(self, part: str) -> None:
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            if self.device.type == "mps":
+                torch.mps.synchronize()
+            now = time.perf_counter()
+        self.marks.append((part, now))
+
+    def read(self) -> dict[str, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return {part: before.elapsed_time(now) for (_, before), (part, now) in zip(self.marks, self.marks[1:])}
+        return {part: 1000 * (now - before) for (_, before), (part, now) in zip(self.marks, self.marks[1:])}
+
+
+def profile(config: Config, seconds: float = 20.0) -> dict:
+    """What a training step costs on this machine, part by part, beside its network alone and beside torchvision's
+    transforms on PIL images: medians over steps, of which as many are taken as fit into `seconds`, at least five."""
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    data, _ = take_subset(load_dataset(config.dataset, config.data, config.size), config)
+    N, images = len(data.train_images), data.train_images.to(device)
+    k, bfloat16 = negatives_kept(config, N), in_bfloat16(config, device)
+    model, optimiser = make_model(config, device)
+    bank = MemoryBank(N, config.dim, config.bank_momentum, "random", generator(config.seed, "bank"), device)
+    index = torch.randperm(N, generator=generator(config.seed, "order", 0))[:config.batch_size]
+    views = normalise(images[index.to(device)].float() / 255)
+    rounds, alone, began = [], [], math.inf
+    while len(rounds) < 7 or time.perf_counter() - began < seconds:
+        clock = Clock(device)
+        drawn = draw_augmentation(len(index), generator(config.seed, "views", 0, len(rounds)), config.size, config.flip)
+        train_step(model, bank, optimiser, images, index, drawn, config, k, bfloat16, clock.mark)
+        rounds.append(clock.read())
+        clock = Clock(device)  # in turn with the step, so that both see the same machine
+        network_alone(model, views, bfloat16)
+        clock.mark("network")
+        alone.append(clock.read()["network"])
+        began = time.perf_counter() if len(rounds) == 2 else began  # the first two are the warm-up
+    rounds, alone = rounds[2:], alone[2:]
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2 ** 20
+    else:
+        memory = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    step, network = statistics.median(sum(parts.values()) for parts in rounds), statistics.median(alone)
+    with FlopCounterMode(display=False) as counter:
+        network_alone(model, views, bfloat16)
+    product = matrix_product_gflops(device, bfloat16)
+    metrics = Clock(device)
+    z = F.normalize(torch.randn(10_000, config.dim, generator=generator("z")), dim=1).to(device)
+    metrics.mark("")
+    uniformity(z), tolerance(z, torch.arange(10_000, device=device) % 10)
+    metrics.mark("uniformity_and_tolerance")
+    h = torch.randn(2, N, 8 * config.width, generator=generator("h")).to(device)
+    y = torch.arange(N, device=device) % 10
+    metrics.mark("")
+    linear_probe(h, y, h[0, :10], y[:10], epochs=1, lr=config.probe_lr)
+    metrics.mark("probe_epoch")
+    batched, pil = augmentation_rates(config, data.train_images[index], images[index.to(device)])
+    steps = math.ceil(N / config.batch_size) * config.epochs
+    return {
+        "config": plain(config.study()), "environment": environment(device, bfloat16), "train_images": N, "rounds": len(rounds),
+        "parts_ms": {part: statistics.median(parts[part] for parts in rounds) for part in rounds[0]},
+        "step_ms": step, "network_ms": network, "step_over_network": step / network,
+        "images_per_second": 1000 * len(index) / step, "training_hours": step * steps / 3.6e6,
+        "network_gflop": counter.get_total_flops() / 1e9, "network_gflops": counter.get_total_flops() / network / 1e6,
+        "matrix_product_gflops": product, "peak_memory_mib": memory,
+        "batched_images_per_second": batched, "pil_images_per_second": pil, "pil_over_batched": batched / pil,
+        "uniformity_and_tolerance_of_10000_ms": metrics.read()["uniformity_and_tolerance"],
+        "probe_seconds": metrics.read()["probe_epoch"] / 10,  # of 100 epochs
+    }
+
+
+def matrix_product_gflops(device: torch.device, bfloat16: bool) -> float:
+    """What one plain matrix product reaches, in 10^9 operations a second: the best of five."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    times = []
+    for _ in range(5):
+        clock = Clock(device)
+        a @ a
+        clock.mark("product")
+        times.append(clock.read()["product"])
+    return 2 * n ** 3 / min(times) / 1e6
+
+
+def augmentation_rates(config: Config, host: Tensor, images: Tensor) -> tuple[float, float]:
+    """Images a second of the batched augmentation, where the images are, and of torchvision's transforms of the same
+    images one by one as PIL images; on the CPU both with one thread."""
+    T, threads = torchvision.transforms, torch.get_num_threads()
+    one_by_one = T.Compose([T.RandomResizedCrop(config.size, scale=(0.2, 1)), T.ColorJitter(0.4, 0.4, 0.4, 0.4),
+                            T.RandomHorizontalFlip(0.5 * config.flip), T.RandomGrayscale(0.2), T.ToTensor(),
+                            T.Normalize(MEAN, STD)])
+    pictures = [T.functional.to_pil_image(image) for image in host]
+    torch.set_num_threads(1)
+    times: dict[str, list] = {"batched": [], "PIL": []}
+    try:
+        for turn in range(6):
+            clock = Clock(images.device)
+            normalise(augment(images, draw_augmentation(len(images), generator(turn), config.size, config.flip).to(images.device)))
+            clock.mark("batched")
+            with torch.random.fork_rng(devices=[]):
+                torch.stack([one_by_one(picture) for picture in pictures])
+            clock.mark("PIL")
+            for part, took in clock.read().items():
+                times[part].append(took)
+    finally:
+        torch.set_num_threads(threads)
+    return tuple(1000 * len(images) / statistics.median(took[1:]) for took in times.values())  # the first is the warm-up
+
+
+def show_profile(p: dict) -> None:
+    c, e = p["config"], p["environment"]
+    say(f"{c['loss']}{' tau ' + str(c['tau']) if c['tau'] else ''}, {c['dataset']}, preset {c['preset']}: {p['train_images']:,} images, batch "
+        f"{c['batch_size']}, width {c['width']}, {e['precision']}, on {e['device']}, threads: {e['threads']}; medians of {p['rounds']} steps")
+    for part, took in p["parts_ms"].items():
+        say(f"  {part:26}{took:10.2f} ms{100 * took / p['step_ms']:8.1f} %")
+    say(f"  {'the whole step':26}{p['step_ms']:10.2f} ms{p['images_per_second']:8.0f} images/s")
+    say(f"  {'the network alone':26}{p['network_ms']:10.2f} ms{'':8}   step / network {p['step_over_network']:.3f}")
+    say(f"network: {p['network_gflop']:.1f} GFLOP a step, {p['network_gflops']:.0f} GFLOP/s; a matrix product reaches "
+        f"{p['matrix_product_gflops']:.0f} GFLOP/s")
+    say(f"augmentation: {p['batched_images_per_second']:.0f} images/s batched, {p['pil_images_per_second']:.0f} by torchvision on PIL "
+        f"images: {p['pil_over_batched']:.1f} times")
+    say(f"evaluation: uniformity and tolerance of 10,000 embeddings {p['uniformity_and_tolerance_of_10000_ms'] / 1000:.2f} s, "
+        f"the linear probe {p['probe_seconds']:.1f} s")
+    say(f"peak memory: {p['peak_memory_mib'] or math.nan:.0f} MiB; training with this preset: {duration(3600 * p['training_hours'])}")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -1408,6 +1582,8 @@ def make_parser() -> Parser:
             options |= dict(nargs="*", metavar="EPOCH")
         groups[meta["study"]].add_argument("--" + field.name.replace("_", "-"), **options)
     parser.add_argument("--report", action="store_true", help="print the table of the records in --results and stop")
+    parser.add_argument("--profile", action="store_true", help="time a training step of these settings, part by part, and stop")
+    parser.add_argument("--json", action="store_true", help="with --profile: JSON on standard output, all else on standard error")
     return parser
 
 
@@ -1416,20 +1592,22 @@ def main(argv: list[str] | None = None) -> int:
     work on the cell, 130 interrupted, 143 terminated."""
     try:
         given = vars(make_parser().parse_args(argv))
-        if given.pop("report"):
+        reporting, profiling, as_json = (given.pop(mode) for mode in ("report", "profile", "json"))
+        if as_json and not profiling or reporting and profiling:
+            raise BadInput("--json goes with --profile, and --profile not with --report")
+        if reporting:
             known = {"preset", "results"}
             if given.keys() - known:
                 raise BadInput(f"--report takes no --{sorted(given.keys() - known)[0].replace('_', '-')}")
             report(Path(given.get("results", "results")), given.get("preset"))
             return 0
-        if "preset" not in given:
-            given["preset"] = "paper" if pick_device(given.get("device", "auto")).type == "cuda" else "mini"
-            say(f"no preset given: {given['preset']}" + (" (there is no CUDA GPU; --preset paper runs the paper's protocol)"
-                                                         if given["preset"] == "mini" else ""))
-        config = make_config(**given)
-        if "dataset" not in given and "dataset" not in PRESETS[config.preset]:
-            config = fall_back(config)
-        train(config)
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            config = settle(given)
+            if not profiling:
+                train(config)
+                return 0
+            figures = profile(config)
+        print(json.dumps(figures, indent=1)) if as_json else show_profile(figures)
         return 0
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
@@ -1443,6 +1621,16 @@ def main(argv: list[str] | None = None) -> int:
         complaint, status = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
     print("ctl.py: " + " ".join(complaint.split()), file=sys.stderr)
     return status
+
+
+def settle(given: dict) -> Config:
+    """The config of a command line: a preset and a dataset are found where none is given, and it is said which."""
+    if "preset" not in given:
+        given["preset"] = "paper" if pick_device(given.get("device", "auto")).type == "cuda" else "mini"
+        say(f"no preset given: {given['preset']}" + (" (there is no CUDA GPU; --preset paper runs the paper's protocol)"
+                                                     if given["preset"] == "mini" else ""))
+    config = make_config(**given)
+    return config if "dataset" in given or "dataset" in PRESETS[config.preset] else fall_back(config)
 
 
 def fall_back(config: Config) -> Config:

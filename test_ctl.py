@@ -36,6 +36,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 import ctl
@@ -1838,3 +1840,197 @@ def test_generator_depends_on_the_whole_key():
     keys = [(0, "views", 0, 0), (0, "views", 0, 1), (0, "views", 1, 0), (1, "views", 0, 0), (0, "order", 0), (0, "network")]
     assert len({ctl.generator(*k).initial_seed() for k in keys}) == len(keys)
     assert ctl.generator(*keys[0]).initial_seed() == ctl.generator(*keys[0]).initial_seed()
+
+
+# -------------------------------------------------------------------------------------- what a step costs
+# Without a GPU at hand, what can be proven of a step there: nothing in it waits for the device (device="meta" has no
+# values to wait for), no tensor is left on another device, and the number of its operations is bounded.
+
+
+BANK = ctl.MemoryBank(2, 2, init=torch.eye(2))  # its check of the rows looks at values: made outside
+
+
+def step_parts(loss, device="cpu", N=60, B=12, size=16, width=4, dim=8):
+    """The arguments of train_step, with everything on that device but what is drawn."""
+    more = {} if loss not in ("contrastive", "hard") else {"tau": 0.2}
+    config = ctl.make_config("smoke", loss=loss, **more)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = ctl.ResNet18(width, dim)
+    if device == "cpu":
+        model = model.to(memory_format=torch.channels_last)
+    bank = copy.copy(BANK)
+    bank.rows = F.normalize(torch.randn(N, dim, generator=torch.Generator().manual_seed(1)), dim=1).to(device)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    images = torch.randint(256, (N, 3, size, size), generator=torch.Generator().manual_seed(2), dtype=torch.uint8).to(device)
+    drawn = ctl.draw_augmentation(B, torch.Generator().manual_seed(3), size)
+    return dict(model=model, bank=bank, optimiser=optimiser, images=images, index=torch.arange(B), drawn=drawn, config=config,
+                k=7 if loss.startswith("hard") else None, bfloat16=False)
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", ctl.LOSSES)
+def test_a_step_waits_for_no_device(loss):
+    parts = step_parts(loss, "meta")
+    with Count() as count:
+        loss = ctl.train_step(**parts)
+    assert loss.device.type == "meta" and loss.shape == ()
+    assert not {"_local_scalar_dense", "nonzero", "masked_select", "unique2"} & set(count.names)
+
+
+@pytest.mark.parametrize("loss", ctl.LOSSES)
+def test_the_forward_side_stays_on_its_device(loss):
+    with FakeTensorMode():
+        parts = step_parts(loss, "cuda")
+        views = ctl.normalise(ctl.augment(parts["images"][parts["index"].to("cuda")], parts["drawn"].to("cuda")))
+        z = parts["model"](views)
+        values = ctl.training_loss(parts["config"], parts["bank"].similarity(z), parts["index"].to("cuda"), parts["k"])
+        parts["bank"].update(parts["index"].to("cuda"), z.detach())
+    assert views.device.type == z.device.type == values.device.type == parts["bank"].rows.device.type == "cuda"
+
+
+@pytest.mark.parametrize("loss", ctl.LOSSES)
+def test_the_operations_of_a_step_are_bounded(loss):
+    parts = step_parts(loss)
+    ctl.train_step(**parts)
+    with Count() as count:
+        ctl.train_step(**parts)  # its backward and SGD, one parameter at a time, included
+    convolutions = [name for name in count.names if name.startswith("convolution")]
+    assert len(convolutions) == 2 * 20  # forward and backward, once each
+    assert len(count.names) <= 870, len(count.names)
+    with Count() as count:
+        ctl.normalise(ctl.augment(parts["images"][:12], parts["drawn"]))
+    assert len(count.names) <= 310, len(count.names)
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "hard", "simple"])
+def test_compiled_whole_equal_to_eager(loss):
+    parts = step_parts(loss)
+    index, k = parts["index"], parts["k"]
+
+    def forward(images, drawn, rows):
+        z = parts["model"](ctl.normalise(ctl.augment(images, drawn)))
+        return ctl.training_loss(parts["config"], z @ rows.T, index, k).mean()
+
+    gradients = []
+    for f in (forward, torch.compile(forward, fullgraph=True, backend="aot_eager")):
+        parts["model"].load_state_dict(step_parts(loss)["model"].state_dict())
+        parts["model"].zero_grad()
+        value = f(parts["images"][index], parts["drawn"], parts["bank"].rows)
+        value.backward()
+        gradients.append([value.detach()] + [p.grad.clone() for p in parts["model"].parameters()])
+    for eager, compiled in zip(*gradients):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_leaves_the_loss_in_float32():
+    losses = {}
+    for bfloat16 in (False, True):
+        parts = {**step_parts("contrastive"), "bfloat16": bfloat16}
+        seen = []
+        similarity = parts["bank"].similarity
+        parts["bank"].similarity = lambda z: seen.append((z.dtype, similarity(z))) or seen[-1][1]
+        losses[bfloat16] = ctl.train_step(**parts)
+        assert seen[0][0] == seen[0][1].dtype == losses[bfloat16].dtype == torch.float32
+    assert losses[True] != losses[False]
+    torch.testing.assert_close(losses[True], losses[False], rtol=0.02, atol=0)
+
+
+def test_every_convolution_sees_channels_last():
+    parts, seen = step_parts("contrastive", width=8), []
+    for module in parts["model"].modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            module.register_forward_hook(lambda m, i, o: seen.extend(
+                x.is_contiguous(memory_format=torch.channels_last) for x in (i[0], o)))
+    ctl.train_step(**parts)
+    assert len(seen) == 40 and all(seen)
+
+
+def test_the_last_batch_of_an_epoch_is_the_rest(monkeypatch, cli):
+    sizes, step = [], ctl.train_step
+    monkeypatch.setattr(ctl, "train_step", lambda *a: sizes.append(len(a[4])) or step(*a))
+    assert cli(*SHORT, "--batch-size", "33")[0] == 0
+    assert sizes == [33, 33, 33, 1]  # all images, each once
+
+
+@pytest.mark.parametrize("loss", [["--tau", "0.3"], ["--loss", "hard-simple"]])
+def test_profile(loss, cli, monkeypatch):
+    monkeypatch.setattr(ctl, "profile", functools.partial(ctl.profile, seconds=0))
+    status, out, err = cli("--profile", "--json", "--preset", "smoke", "--threads", "1", *loss)
+    assert status == 0 and err == ""
+    p = json.loads(out)
+    assert list(p["parts_ms"]) == ["augmentation", "forward", "similarities and loss", "backward", "optimiser", "bank update"]
+    assert all(took > 0 for took in p["parts_ms"].values())
+    assert sum(p["parts_ms"].values()) == pytest.approx(p["step_ms"], rel=0.3)
+    assert p["step_over_network"] == p["step_ms"] / p["network_ms"] and p["rounds"] == 5
+    assert p["images_per_second"] == pytest.approx(1000 * 16 / p["step_ms"])
+    assert p["training_hours"] == pytest.approx(p["step_ms"] * 7 * 3 / 3.6e6)
+    assert p["pil_over_batched"] == pytest.approx(p["batched_images_per_second"] / p["pil_images_per_second"])
+    # three 3x3 convolutions of 4·width channels at 8x8 cost as much as ...: counted by hand, 2 operations a multiply-add
+    macs = 3 * 4 * 9 * 32 * 32 + sum(c * c * 9 * s * s * 4 - (c * c // 2 * 9 * s * s if c > 4 else 0) + (c * c // 2 * s * s if c > 4 else 0)
+                                     for c, s in ((4, 32), (8, 16), (16, 8), (32, 4))) + 32 * 16
+    assert p["network_gflop"] == pytest.approx(2 * 16 * (3 * macs - 3 * 4 * 9 * 32 * 32) / 1e9, rel=1e-6)  # no gradient of the images
+    assert 10 < p["peak_memory_mib"] < 24_000 and p["matrix_product_gflops"] > p["network_gflops"] / 100
+    assert not list(Path(".").rglob("*.json")) and not Path("runs").exists()
+
+
+def test_profile_table_and_its_bad_uses(cli, monkeypatch):
+    monkeypatch.setattr(ctl, "profile", functools.partial(ctl.profile, seconds=0))
+    status, out, err = cli("--profile", "--preset", "smoke", "--threads", "1")
+    assert status == 0 and err == "" and "step / network" in out and "PIL" in out and "peak memory" in out
+    for line in (["--json"], ["--json", "--report"], ["--profile", "--report"]):
+        status, out, err = cli(*line)
+        assert status == 2 and err.count("\n") == 1 and out == ""
+
+
+def test_network_alone_is_the_network_forward_and_backward():
+    parts = step_parts("contrastive")
+    views = torch.randn(4, 3, 16, 16)
+    parts["model"].zero_grad()
+    parts["model"](views).sum().backward()
+    want = [p.grad.clone() for p in parts["model"].parameters()]
+    ctl.network_alone(parts["model"], views, False)
+    for p, g in zip(parts["model"].parameters(), want):
+        torch.testing.assert_close(p.grad, g)
+
+
+# ------------------------------------------------------------------------------------- the committed record
+
+
+def test_a_committed_record_is_what_the_code_gives():
+    """A change of results can't pass unseen: on the machine and versions that made the record to the last digit, on
+    others as far as rounding lets it."""
+    path = Path(ctl.__file__).parent / "results" / f"{CELL}.json"
+    committed = ctl.read_record(path)
+    assert ctl.main([*SMOKE]) == 0
+    ours = json.loads(Path("results", f"{CELL}.json").read_text())
+    assert ours["config"] == committed["config"] and ours["protocol_version"] == committed["protocol_version"]
+    same = all(ours["environment"][key] == committed["environment"][key]
+               for key in ("device", "platform", "torch", "torchvision", "threads", "precision"))
+    if same:
+        assert outside(ours) == outside(committed)
+    for a, b in zip(ours["history"], committed["history"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3) and a["lr"] == b["lr"]
+    for stage in (lambda r: r["final"], lambda r: r["final"]["untrained"]):
+        for key, tolerance in (("uniformity", 0.05), ("tolerance", 0.05), ("alignment", 0.05), ("accuracy", 6), ("knn", 6)):
+            assert stage(ours)[key] == pytest.approx(stage(committed)[key], abs=tolerance), key
+
+
+def test_every_committed_record_is_whole_and_of_this_protocol():
+    paths = sorted((Path(ctl.__file__).parent / "results").glob("*/*/*.json"))
+    assert paths
+    for path in paths:
+        record = ctl.read_record(path)
+        config = ctl.make_config(**{k: v for k, v in record["config"].items() if k not in ("milestones", "gamma")})
+        assert record["protocol_version"] == ctl.PROTOCOL_VERSION
+        assert f"{ctl.cell_path(config, record['config']['dataset'])}.json" == str(path.relative_to(Path(ctl.__file__).parent / "results"))
