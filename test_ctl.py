@@ -1956,6 +1956,13 @@ def test_every_convolution_sees_channels_last():
     assert len(seen) == 40 and all(seen)
 
 
+def test_augment_in_parts_is_augment():
+    images = torch.randint(256, (130, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    drawn = ctl.draw_augmentation(130, torch.Generator().manual_seed(1), 16)
+    one_by_one = torch.cat([ctl.augment(images[i:i + 1], drawn[i:i + 1]) for i in range(130)])
+    assert torch.equal(ctl.augment(images, drawn), one_by_one)
+
+
 def test_the_last_batch_of_an_epoch_is_the_rest(monkeypatch, cli):
     sizes, step = [], ctl.train_step
     monkeypatch.setattr(ctl, "train_step", lambda *a: sizes.append(len(a[4])) or step(*a))
@@ -1976,7 +1983,8 @@ def test_profile(loss, cli, monkeypatch):
     assert p["images_per_second"] == pytest.approx(1000 * 16 / p["step_ms"])
     assert p["training_hours"] == pytest.approx(p["step_ms"] * 7 * 3 / 3.6e6)
     assert p["pil_over_batched"] == pytest.approx(p["batched_images_per_second"] / p["pil_images_per_second"])
-    # three 3x3 convolutions of 4·width channels at 8x8 cost as much as ...: counted by hand, 2 operations a multiply-add
+    # By hand, 2 operations a multiply-add: the stem; of each stage four 3x3 convolutions, the first from half as many
+    # channels, and the 1x1 one around it; the head. Backward is twice forward, but for the gradient of the images.
     macs = 3 * 4 * 9 * 32 * 32 + sum(c * c * 9 * s * s * 4 - (c * c // 2 * 9 * s * s if c > 4 else 0) + (c * c // 2 * s * s if c > 4 else 0)
                                      for c, s in ((4, 32), (8, 16), (16, 8), (32, 4))) + 32 * 16
     assert p["network_gflop"] == pytest.approx(2 * 16 * (3 * macs - 3 * 4 * 9 * 32 * 32) / 1e9, rel=1e-6)  # no gradient of the images
@@ -1991,6 +1999,15 @@ def test_profile_table_and_its_bad_uses(cli, monkeypatch):
     for line in (["--json"], ["--json", "--report"], ["--profile", "--report"]):
         status, out, err = cli(*line)
         assert status == 2 and err.count("\n") == 1 and out == ""
+
+
+def test_profile_json_alone_on_standard_output(cli, monkeypatch):
+    def unreachable(*_):
+        raise ctl.BadInput("cannot download cifar10 (no route)")
+    monkeypatch.setattr(ctl, "load_download", unreachable)
+    monkeypatch.setattr(ctl, "profile", lambda config: {"dataset": config.dataset})
+    status, out, err = cli("--profile", "--json")
+    assert status == 0 and json.loads(out) == {"dataset": "shapes"} and "NOTICE" in err and "no preset given" in err
 
 
 def test_network_alone_is_the_network_forward_and_backward():
