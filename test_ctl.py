@@ -1956,6 +1956,16 @@ def test_every_convolution_sees_channels_last():
     assert len(seen) == 40 and all(seen)
 
 
+def test_marks_come_when_it_is_done():
+    parts, seen = step_parts("contrastive"), []
+    weight, rows = parts["model"].head.weight, parts["bank"].rows.clone()
+    before = weight.detach().clone()
+    ctl.train_step(**parts, mark=lambda part: seen.append(
+        (part, weight.grad is not None, not torch.equal(weight, before), not torch.equal(parts["bank"].rows, rows))))
+    assert seen == [("augmentation", False, False, False), ("forward", False, False, False), ("similarities and loss", False, False, False),
+                    ("backward", True, False, False), ("optimiser", True, True, False), ("bank update", True, True, True)]
+
+
 def test_augment_in_parts_is_augment():
     images = torch.randint(256, (130, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     drawn = ctl.draw_augmentation(130, torch.Generator().manual_seed(1), 16)
