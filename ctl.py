@@ -37,7 +37,7 @@ import math
 import numbers
 import os
 import platform
-import shutil
+import re
 import signal
 import socket
 import statistics
@@ -1509,32 +1509,255 @@ def show(record: dict, path: Path) -> None:
     say(f"record: {path}")
 
 
+Rows = dict  # (loss, tau, what departs from the preset) -> [(path, record) of each seed], in the order of Table 1
+
+
 def report(results: Path, preset: str | None = None) -> None:
-    """Print the table of the records in `results`: mean ± standard deviation over the seeds (their number), and the paper's value.
-    Raises BadInput where there is no record."""
-    groups: dict[tuple, list[dict]] = {}
+    """From the records alone: print the tables, and write, for each preset, TABLE.md, CLAIMS.md and the figures; the parts
+    of the README between markers too. Raises BadInput where there is no record, or one that is broken or was edited."""
+    groups = read_groups(results, preset)
+    if not groups:
+        raise BadInput(f"no records of {'preset ' + preset if preset else 'any preset'} in {results}: run some first")
+    tables: dict[str, str] = {}
+    claims: dict[str, str] = {}
+    for key, rows in groups.items():
+        title = "preset {}, dataset {}, protocol version {}".format(*key)
+        say(f"\n{title}\n\n{table(rows, results / key[0])}\n\n{claims_table(rows)}")
+        tables[key[0]] = tables.get(key[0], "") + f"\n## {title}\n\n{table(rows, results / key[0])}\n\n{caption(rows)}\n"
+        claims[key[0]] = claims.get(key[0], "") + f"\n## {title}\n\n{claims_table(rows)}\n"
+        draw(rows, results / key[0], key[1], key[2])
+    for name in tables:
+        write_whole(results / name / "TABLE.md", f"# Table 1, preset {name}: ours beside the paper's\n{tables[name]}".encode())
+        write_whole(results / name / "CLAIMS.md", f"# The paper's claims, preset {name}\n{claims[name]}\n{NEEDS}".encode())
+    readme = Path(__file__).with_name("README.md")
+    if readme.exists() and results.resolve() == readme.with_name("results").resolve():
+        text = readme.read_text()
+        if fill_in(text, results) != text:
+            write_whole(readme, fill_in(text, results).encode())
+
+
+def read_groups(results: Path, preset: str | None = None) -> dict[tuple, Rows]:
+    """(preset, dataset, protocol version) -> rows. What differs in one of the three is never averaged."""
+    groups: dict[tuple, Rows] = {}
     for path in sorted(results.glob(f"{preset or '*'}/*/*.json")):
         record = read_record(path)
         config = record["config"]
         departs = path.stem.removeprefix(cell_prefix(config)).removesuffix(f"_seed{config['seed']}").strip("_")
-        row = (config["preset"], config["dataset"], record["protocol_version"], config["loss"], config["tau"], departs)
-        groups.setdefault(row[:3], {}).setdefault(row[3:], []).append(record["final"])
-    if not groups:
-        raise BadInput(f"no records of {'preset ' + preset if preset else 'any preset'} in {results}: run some first")
-    order = {cell: place for place, cell in enumerate(CELLS)}
-    for (preset, dataset, version), rows in groups.items():
-        say(f"\npreset {preset}, dataset {dataset}, protocol version {version}: ours, mean ± sd (seeds) | paper")
-        say(f"{'loss':14}{'tau':>6}  " + "".join(f"{key:^32}" for key in TABULATED))
-        for (loss, tau, departs), finals in sorted(rows.items(), key=lambda r: (r[0][2], order.get(r[0][:2], 99), str(r[0]))):
-            paper = paper_values(dataset, loss, tau) or ("-",) * 3
-            line = f"{loss:14}{tau if tau else '':>6}  "
-            for key, theirs in zip(TABULATED, paper):
-                values, digits = [f[key] for f in finals if f[key] is not None], 2 if key == "accuracy" else 3
-                ours = f"{statistics.mean(values):.{digits}f}" if values else "-"
-                if len(values) > 1:
-                    ours += f" ± {statistics.stdev(values):.{digits}f}"
-                line += f"{f'{ours} ({len(values)}) | {theirs}':^32}"
-            say((line + f"  {departs}").rstrip())
+        group = groups.setdefault((config["preset"], config["dataset"], record["protocol_version"]),
+                                  {(loss, tau, ""): [] for loss, tau in CELLS})  # a cell without a record is shown as missing
+        group.setdefault((config["loss"], config["tau"], departs), []).append((path, record))
+    order = {loss: place for place, loss in enumerate(("contrastive", "simple", "hard", "hard-simple", "triplet"))}
+    return {key: dict(sorted(rows.items(), key=lambda row: (row[0][2], order[row[0][0]], row[0][1] or 0)))
+            for key, rows in groups.items()}
+
+
+def table(rows: Rows, folder: Path) -> str:
+    """Ours, mean ± standard deviation over seeds (their number), beside the paper's; links are relative to `folder`."""
+    lines = ["| loss | τ | " + " | ".join(f"{key} | paper" for key in ("accuracy, %", *TABULATED[1:])) + " | records |",
+             "|---" * (2 + 2 * len(TABULATED) + 1) + "|"]
+    for (loss, tau, departs), runs in rows.items():
+        cells = [f"{loss}{f', {departs}' if departs else ''}", f"{tau or ''}"]
+        dataset = runs[0][1]["config"]["dataset"] if runs else next(r[1]["config"]["dataset"] for some in rows.values() for r in some)
+        paper = None if departs else paper_values(dataset, loss, tau)
+        for place, key in enumerate(TABULATED):
+            values = [record["final"][key] for _, record in runs if record["final"][key] is not None]
+            cells += [mean_sd(values, 2 if key == "accuracy" else 3), str(paper[place]) if paper else "–"]
+        links = [f"[{record['config']['seed']}]({path.relative_to(folder).as_posix()})" for path, record in runs]
+        lines.append("| " + " | ".join([*cells, " ".join(links) or "missing"]) + " |")
+    return "\n".join(lines)
+
+
+def mean_sd(values: list[float], digits: int) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread} ({len(values)})"
+
+
+def caption(rows: Rows) -> str:
+    """The protocol of a table, from its records."""
+    records = [record for runs in rows.values() for _, record in runs]
+    c = records[0]["config"]
+    versions = sorted({record["environment"]["torch"] for record in records})
+    return (f"{records[0]['data']['train']:,} training images, {c['epochs']} epochs, batch {c['batch_size']}, ResNet-18 of width {c['width']}, "
+            f"SGD lr {c['lr']}, {c['schedule']} schedule, bank from {c['bank_init']}; linear probe lr {c['probe_lr']}, accuracy after its last "
+            f"epoch; mean ± standard deviation (seeds). torch {', '.join(versions)}.")
+
+
+# The verdicts. What each needs is fixed here, before the results are seen. A claim's effect is computed for each seed that
+# has all the cells it needs; above 0 speaks for the claim. With the 95 % interval of its mean over the seeds (Student's t):
+# confirmed where the interval lies above 0, refuted where it lies below, else undecided. One seed never confirms or refutes.
+
+NEEDS = """Each effect is computed for every seed that has all cells it needs; above 0 speaks for the claim. Confirmed: the 95 % interval
+(Student's t over the seeds) lies above 0; refuted: below 0; else undecided. One seed decides nothing. τ is 0.07, 0.3, 0.7, 1.0; the
+best τ of a loss is chosen by `accuracy_heldout`, the accuracy on a fifth of the training labels, never on test data.
+"""
+TAUS = (0.07, 0.3, 0.7, 1.0)
+
+
+def smallest_rise(values: list[float]) -> float:
+    """The smallest step up from one value to the next; below 0 where the sequence falls somewhere."""
+    return min(after - before for before, after in zip(values, values[1:]))
+
+
+def over_tau(cells: dict, key: str, loss: str = "contrastive") -> list[float]:
+    return [cells[loss, tau][key] for tau in TAUS]
+
+
+def best(cells: dict, loss: str = "contrastive", taus: tuple = TAUS) -> float:
+    return max(taus, key=lambda tau: cells[loss, tau]["accuracy_heldout"])
+
+
+def accuracy_at_best(cells: dict) -> float:
+    return cells["contrastive", best(cells)]["accuracy"]
+
+
+def reverse_u(cells: dict) -> float:
+    inside = cells["contrastive", best(cells, taus=TAUS[1:-1])]["accuracy"]
+    return inside - max(cells["contrastive", TAUS[0]]["accuracy"], cells["contrastive", TAUS[-1]]["accuracy"])
+
+
+def flatness(cells: dict) -> float:
+    ordinary, hard = over_tau(cells, "uniformity"), over_tau(cells, "uniformity", "hard")
+    flat = (max(ordinary) - min(ordinary)) / 4 - (max(hard) - min(hard))
+    return flat if best(cells, "hard") > best(cells) else min(flat, 0.0)
+
+
+def profile_opens(cells: dict) -> float:
+    positive, nearest = ([profile[place] for profile in over_tau(cells, "profile")] for place in (0, 1))
+    return min(smallest_rise([n - p for p, n in zip(positive, nearest)]), smallest_rise(positive))
+
+
+def uselessness(cells: dict) -> float:
+    untrained = cells["triplet", None]["untrained"]["accuracy"]
+    return (accuracy_at_best(cells) - untrained) / 4 - (cells["triplet", None]["accuracy"] - untrained)
+
+
+CLAIMS = [  # (claim, its effect, in words; the effect of one seed, from (loss, tau) -> final metrics)
+    ("C1", "ordinary loss: uniformity falls as τ grows", "the smallest fall from one τ to the next",
+     lambda c: smallest_rise([-u for u in over_tau(c, "uniformity")])),
+    ("C2", "ordinary loss: tolerance grows with τ", "the smallest rise from one τ to the next",
+     lambda c: smallest_rise(over_tau(c, "tolerance"))),
+    ("C3", "ordinary loss: accuracy against τ is a reverse U", "accuracy at the better of τ = 0.3 and 0.7, less that at the better end",
+     reverse_u),
+    ("C4", "the simple loss is much worse than the ordinary loss at its best τ", "accuracy lost, less 2 points",
+     lambda c: accuracy_at_best(c) - c["simple", None]["accuracy"] - 2),
+    ("C5", "hard simple is competitive with the ordinary loss at its best τ", "accuracy gained, plus 1 point",
+     lambda c: c["hard-simple", None]["accuracy"] - accuracy_at_best(c) + 1),
+    ("C6", "hard loss: more uniform than the ordinary loss at the same τ", "the smallest gain in uniformity over the τ",
+     lambda c: min(h - o for h, o in zip(over_tau(c, "uniformity", "hard"), over_tau(c, "uniformity")))),
+    ("C7", "hard loss: uniformity almost flat in τ, best τ larger", "a quarter of the ordinary loss's range of uniformity over τ, less "
+     "the hard loss's; 0 at most where its best τ is not larger", flatness),
+    ("C8", "as τ falls the gap from the positive to the nearest negative widens; as τ grows the positive nears 1",
+     "the smallest step of the gap, or of the positive's similarity, from one τ to the next", profile_opens),
+    ("C9", "the τ→0 loss learns nothing useful", "a quarter of the ordinary loss's gain in accuracy over the untrained network, less the "
+     "triplet loss's gain", uselessness),
+]
+
+
+def verdict(effects: list[float]) -> tuple[str, float | None, float | None]:
+    """(verdict, mean effect, half the width of its 95 % interval)."""
+    if not effects:
+        return "undecided", None, None
+    mean = statistics.mean(effects)
+    if len(effects) == 1:
+        return "undecided", mean, None
+    from scipy.stats import t
+    half = float(t.ppf(0.975, len(effects) - 1)) * statistics.stdev(effects) / math.sqrt(len(effects))
+    return "confirmed" if mean > half else "refuted" if mean < -half else "undecided", mean, half
+
+
+def claims_table(rows: Rows) -> str:
+    seeds: dict[int, dict] = {}
+    for (loss, tau, departs), runs in rows.items():
+        for _, record in runs if not departs else ():
+            seeds.setdefault(record["config"]["seed"], {})[loss, tau] = record["final"]
+    lines = ["| | claim | verdict | effect (95 % interval) | seeds | what the effect is |", "|---|---|---|---|---|---|"]
+    for name, claim, words, effect in CLAIMS:
+        effects = []
+        for cells in seeds.values():
+            with contextlib.suppress(KeyError, TypeError):  # a cell, or a metric of it, is missing
+                effects.append(effect(cells))
+        decided, mean, half = verdict(effects)
+        shown = "–" if mean is None else f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else "")
+        lines.append(f"| {name} | {claim} | **{decided}** | {shown} | {len(effects)} | {words} |")
+    return "\n".join(lines)
+
+
+COLOURS = {"contrastive": "#0072b2", "hard": "#d55e00", "match_step": "#009e73"}  # Okabe and Ito: told apart by all readers
+
+
+def draw(rows: Rows, folder: Path, dataset: str, version: int) -> None:
+    """Figs. 4-7 and 9 in three panels, Fig. 8 in one a tau, and Fig. 3, as SVG and PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "ctl", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    from matplotlib import pyplot
+
+    def save(figure, name: str) -> None:
+        figure.tight_layout()
+        for kind in ("svg", "png"):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+            write_whole(folder / f"{name}.{kind}", buffer.getvalue())
+        pyplot.close(figure)
+
+    def series(loss: str, departs: str = "") -> list[tuple]:
+        return [(tau, [record["final"] for _, record in runs]) for (name, tau, what), runs in rows.items()
+                if name == loss and what == departs and runs]
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
+    for axis, key, place in zip(axes, ("uniformity", "tolerance", "accuracy"), (1, 2, 0)):
+        for loss, departs, colour in (("contrastive", "", "contrastive"), ("hard", "", "hard"),
+                                      ("contrastive", "match_step-True", "match_step")):
+            points = [(tau, [f[key] for f in finals if f[key] is not None]) for tau, finals in series(loss, departs)]
+            points = [(tau, values) for tau, values in points if values]
+            if points:
+                axis.errorbar([tau for tau, _ in points], [statistics.mean(values) for _, values in points],
+                              [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points], marker="o", capsize=3,
+                              color=COLOURS[colour], label=f"{loss}{', loss times τ' if departs else ''}, ours")
+            paper = [(tau, paper_values(dataset, loss, tau)) for tau in TAUS]
+            if not departs and paper[0][1]:
+                axis.plot(TAUS, [values[place] for _, values in paper], "--", marker="s", markersize=4, alpha=0.7,
+                          color=COLOURS[colour], label=f"{loss}, paper")
+        axis.set(xlabel="temperature τ", title={"accuracy": "linear accuracy, %"}.get(key, key))
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=8)
+    save(figure, f"{dataset}-v{version}-dilemma")
+
+    panels = series("contrastive")
+    if panels:
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(3 * len(panels), 3.2), sharey=True, squeeze=False)
+        for axis, (tau, finals) in zip(axes[0], panels):
+            profiles = [final["profile"] for final in finals if None not in final["profile"]]
+            if profiles:
+                axis.bar(["pos", *(f"n{place}" for place in range(1, len(profiles[0])))], [statistics.mean(values) for values in zip(*profiles)],
+                         color=["#d55e00"] + ["#0072b2"] * (len(profiles[0]) - 1))
+            axis.tick_params(axis="x", rotation=90)
+            axis.set(title=f"τ = {tau}", ylim=(0, 1))
+        axes[0][0].set_ylabel("mean similarity")
+        save(figure, f"{dataset}-v{version}-profile")
+
+    figure, axis = pyplot.subplots(figsize=(5, 3.4))
+    s = torch.rand(1, 200, generator=generator("figure 3"), dtype=torch.float64).sort(dim=1).values * 2 - 1
+    for tau, line, colour in zip(TAUS, ("-", "--", "-.", ":"), (*COLOURS.values(), "#cc79a7")):
+        axis.plot(s[0, 1:], relative_penalty(s, torch.tensor([0]), tau)[0, 1:], line, color=colour, label=f"τ = {tau}")
+    axis.set(xlabel="similarity of the negative", ylabel="relative penalty r", yscale="log", ylim=(1e-6, 1))
+    axis.legend()
+    save(figure, "penalty")
+
+
+MARKER = re.compile(r"(<!-- report: (\S+) (\S+) (table|claims) -->\n).*?(<!-- /report -->)", re.DOTALL)
+
+
+def fill_in(text: str, results: Path) -> str:
+    """A README's text, what stands between `<!-- report: PRESET DATASET table|claims -->` and `<!-- /report -->` made anew."""
+    def anew(match: re.Match) -> str:
+        opening, preset, dataset, what, closing = match.groups()
+        parts = [(table(rows, results.parent) if what == "table" else claims_table(rows))
+                 for (_, name, version), rows in read_groups(results, preset).items() if name == dataset and version == PROTOCOL_VERSION]
+        return opening + "\n\n".join(parts or ["No records yet."]) + "\n" + closing
+    return MARKER.sub(anew, text)
 
 
 def cell_prefix(config: dict) -> str:
@@ -1581,7 +1804,7 @@ def make_parser() -> Parser:
         if field.name == "milestones":
             options |= dict(nargs="*", metavar="EPOCH")
         groups[meta["study"]].add_argument("--" + field.name.replace("_", "-"), **options)
-    parser.add_argument("--report", action="store_true", help="print the table of the records in --results and stop")
+    parser.add_argument("--report", action="store_true", help="write tables, figures and verdicts from the records in --results, print them, and stop")
     parser.add_argument("--profile", action="store_true", help="time a training step of these settings, part by part, and stop")
     parser.add_argument("--json", action="store_true", help="with --profile: JSON on standard output, all else on standard error")
     return parser

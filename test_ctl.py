@@ -2061,3 +2061,156 @@ def test_every_committed_record_is_whole_and_of_this_protocol():
         config = ctl.make_config(**{k: v for k, v in record["config"].items() if k not in ("milestones", "gamma")})
         assert record["protocol_version"] == ctl.PROTOCOL_VERSION
         assert f"{ctl.cell_path(config, record['config']['dataset'])}.json" == str(path.relative_to(Path(ctl.__file__).parent / "results"))
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def put_record(loss, tau, seed, final, folder="results", version=ctl.PROTOCOL_VERSION, dataset="cifar10", **departs):
+    """A record as a run would leave it, but for the numbers, which are given."""
+    given = {"loss": loss, "seed": seed, "dataset": dataset, **departs} | ({"tau": tau} if tau else {})
+    config = ctl.make_config("mini", **given)
+    record = ctl.plain({"config": config.study(), "protocol_version": version, "history": [], "timing": {}, "final": final,
+                        "data": {"sha256": "0", "train": 5000, "test": 10}, "environment": {"torch": "2"}})
+    record["sha256"] = ctl.record_sha256(record)
+    path = Path(folder, f"{ctl.cell_path(config, dataset)}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+    return path
+
+
+def as_the_paper_has_it(seed):
+    """(loss, tau) -> final metrics: Table 1 of CIFAR-10, with what it lacks made up to fit the claims."""
+    cells = {}
+    for place, ((loss, tau), (accuracy, uniform, tolerant)) in enumerate(ctl.PAPER["cifar10"].items()):
+        wobble = 1e-3 * ((seed * 7 + place * 3) % 5)
+        nearest = 0.9 - 0.1 / (tau or 9)
+        cells[loss, tau] = dict(accuracy=accuracy + wobble, accuracy_heldout=accuracy + wobble / 2, uniformity=uniform + wobble, tolerance=tolerant + wobble,
+                                knn=50.0, alignment=0.1, profile=[0.8 + 0.1 * (tau or 1)] + [nearest - 0.6] * 10, untrained={"accuracy": 25.0})
+    cells["triplet", None] = {**cells["simple", None], "accuracy": 26.0 + seed / 10}
+    return cells
+
+
+def decided(seeds):
+    """claim -> verdict, from (loss, tau) -> final of each seed."""
+    rows = {}
+    for seed, cells in enumerate(seeds):
+        for (loss, tau), final in cells.items():
+            rows.setdefault((loss, tau, ""), []).append((Path("x"), {"config": {"seed": seed}, "final": final}))
+    return {line.split("|")[1].strip(): re.search(r"\*\*(\w+)\*\*", line)[1] for line in ctl.claims_table(rows).splitlines()[2:]}
+
+
+def test_claims_on_the_papers_own_numbers():
+    assert decided([as_the_paper_has_it(seed) for seed in range(3)]) == {f"C{i}": "confirmed" for i in range(1, 10)}
+    assert set(decided([as_the_paper_has_it(0)]).values()) == {"undecided"}  # one seed never confirms
+
+
+def turned(cells, claim):
+    """The same with that claim turned round."""
+    c, o, h = copy.deepcopy(cells), lambda tau: ("contrastive", tau), lambda tau: ("hard", tau)
+    if claim in ("C1", "C2"):
+        key = {"C1": "uniformity", "C2": "tolerance"}[claim]
+        c[o(0.3)][key], c[o(0.7)][key] = c[o(0.7)][key], c[o(0.3)][key]  # one step the wrong way is enough
+    elif claim == "C3":
+        c[o(1.0)]["accuracy"] += 3
+    elif claim == "C4":
+        c["simple", None]["accuracy"] = c[o(0.3)]["accuracy"] - 1
+    elif claim == "C5":
+        c["hard-simple", None]["accuracy"] = c[o(0.3)]["accuracy"] - 2
+    elif claim == "C6":
+        c[h(0.7)]["uniformity"] = c[o(0.7)]["uniformity"] - 0.1
+    elif claim == "C7":
+        c[h(0.7)]["uniformity"] -= 1
+    elif claim == "C8":
+        c[o(1.0)]["profile"][0] = c[o(0.7)]["profile"][0] - 0.05
+    elif claim == "C9":
+        c["triplet", None]["accuracy"] = 70.0
+    return c
+
+
+@pytest.mark.parametrize("claim", [f"C{i}" for i in range(1, 10)])
+def test_a_claim_turned_round_is_refuted(claim):
+    verdicts = decided([turned(as_the_paper_has_it(seed), claim) for seed in range(3)])
+    assert verdicts[claim] == "refuted"
+    both = [as_the_paper_has_it(0), turned(as_the_paper_has_it(1), claim)]
+    assert decided(both)[claim] == "undecided"
+
+
+def test_claims_choose_tau_on_held_out_labels():
+    seeds = [as_the_paper_has_it(seed) for seed in range(3)]
+    for cells in seeds:
+        cells["contrastive", 0.07]["accuracy_heldout"] = 99.0  # so the best tau is 0.07, though the test set has 0.3
+        cells["simple", None]["accuracy"] = 78.5  # 1.25 below 0.07, 4.8 below 0.3
+        cells["hard", 0.07]["accuracy_heldout"] = 99.5  # and the hard loss's best is no larger
+    assert decided(seeds)["C4"] == "refuted" and decided(seeds)["C7"] != "confirmed"
+
+
+def test_missing_cells_leave_a_claim_undecided():
+    seeds = [as_the_paper_has_it(seed) for seed in range(3)]
+    for cells in seeds[1:]:
+        del cells["simple", None], cells["contrastive", 1.0]
+    assert "confirmed" not in decided(seeds).values()
+    assert decided([{}, {}])["C1"] == "undecided"
+
+
+@given(st.lists(ties, min_size=2, max_size=8))
+def test_verdict_is_students_t(effects):
+    what, mean_, half = ctl.verdict(effects)
+    low, high = scipy.stats.t.interval(0.95, len(effects) - 1, np.mean(effects), scipy.stats.sem(effects)) if len(set(effects)) > 1 else (mean_,) * 2
+    assert mean_ == pytest.approx(np.mean(effects), abs=1e-12) and half == pytest.approx(high - np.mean(effects), rel=1e-6, abs=1e-9)
+    if min(abs(low), abs(high)) > 1e-9:
+        assert what == ("confirmed" if low > 0 else "refuted" if high < 0 else "undecided")
+
+
+def test_report(cli):
+    for seed in range(3):
+        for (loss, tau), final in as_the_paper_has_it(seed).items():
+            if (loss, tau) != ("hard", 1.0):
+                put_record(loss, tau, seed, {**final, "accuracy": 80.0 + seed})
+    put_record("contrastive", 0.3, 0, {**as_the_paper_has_it(0)["contrastive", 0.3], "accuracy": 12.34}, match_step=True)
+    status, out, err = cli("--report")
+    assert status == 0 and err == ""
+    text = Path("results/mini/TABLE.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    row = next(line for line in lines if line.startswith("| contrastive | 0.3 |"))
+    assert "| 81.00 ± 1.00 (3) | 83.27 |" in row and "| 3.6 |" in row and "| 0.178 |" in row and row in out
+    for target in re.findall(r"\]\((\S+)\)", text):
+        assert Path("results/mini", target).is_file()
+    assert "| hard | 1.0 | – | 84.19 | – | 3.86 | – | 0.03 | missing |" in text
+    assert any("match_step-True" in line and "12.34 (1) | –" in line for line in lines)
+    assert lines.index(row) < [line.startswith("| simple") for line in lines].index(True) and "5,000 training images, 60 epochs" in text
+    claims = Path("results/mini/CLAIMS.md").read_text()
+    assert "C9" in claims and "confirmed" in claims and "95 % interval" in claims
+    figures = sorted(p.name for p in Path("results/mini").glob("*.*g"))
+    assert figures == [f"cifar10-v{ctl.PROTOCOL_VERSION}-{f}.{k}" for f in ("dilemma", "profile") for k in ("png", "svg")] + ["penalty.png", "penalty.svg"]
+    before = {p: p.read_bytes() for p in Path("results").rglob("*") if p.is_file()}
+    assert cli("--report")[0] == 0 and {p: p.read_bytes() for p in Path("results").rglob("*") if p.is_file()} == before
+    with Image.open("results/mini/cifar10-v1-dilemma.png") as image:
+        assert image.width >= 1200 and len(image.convert("L").getcolors()) > 10
+
+
+def test_report_never_averages_versions(cli):
+    final = as_the_paper_has_it(0)["simple", None]
+    put_record("simple", None, 0, {**final, "accuracy": 10.0})
+    put_record("simple", None, 1, {**final, "accuracy": 90.0}, version=ctl.PROTOCOL_VERSION + 1)
+    assert cli("--report")[0] == 0
+    text = Path("results/mini/TABLE.md").read_text()
+    assert "| 10.00 (1) |" in text and "| 90.00 (1) |" in text and text.count("protocol version") == 2
+
+
+def test_report_refuses_an_edited_record(cli):
+    path = put_record("simple", None, 0, as_the_paper_has_it(0)["simple", None])
+    path.write_text(path.read_text().replace('"knn": 50.0', '"knn": 60.0'))
+    status, _, err = cli("--report")
+    assert status == 2 and "sha256" in err and err.count("\n") == 1 and not Path("results/mini/TABLE.md").exists()
+
+
+def test_the_readme_and_the_tables_are_what_the_records_give(tmp_path):
+    home = Path(ctl.__file__).parent
+    readme = (home / "README.md").read_text()
+    assert readme.count("<!-- report: ") >= 3 and ctl.fill_in(readme, home / "results") == readme
+    assert ctl.fill_in(readme.replace("| contrastive | 0.3 |", "| contrastive | 0.4 |"), home / "results") == readme
+    shutil.copytree(home / "results", tmp_path / "results")
+    ctl.report(tmp_path / "results")
+    for path in (tmp_path / "results").rglob("*.md"):
+        assert path.read_bytes() == (home / path.relative_to(tmp_path)).read_bytes(), path
