@@ -203,7 +203,7 @@ def _describe(tensor: Tensor) -> str:
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 #
 # z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees.
-# All are exact, over all pairs, a block of rows at a time: 10,000 embeddings need a few tens of MiB.
+# All are exact, over all pairs, a block of rows at a time: 10,000 embeddings need less than 200 MiB.
 
 BLOCK = 1024  # rows of a block
 
@@ -320,6 +320,8 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
             F.cross_entropy(layer(rows[row]), train_y[image]).backward()
             optimiser.step()
         schedule.step()
+    if not layer.weight.isfinite().all():
+        raise NotFinite("in the linear probe")
     with torch.no_grad():
         return 100 * (layer(test_h).argmax(dim=1) == test_y).double().mean().item()
 
@@ -489,8 +491,8 @@ def load_download(name: str, root: Path, size: int = 32) -> Data:
     except RuntimeError:
         pass  # not there, or not whole
     timeout = socket.getdefaulttimeout()
+    probe_writable(root)
     try:
-        root.mkdir(parents=True, exist_ok=True)
         with lock(root / ".download.lock", wait=True):  # several runs may start at once
             socket.setdefaulttimeout(30)
             return read(download=True)
@@ -555,7 +557,7 @@ def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
     labels = torch.arange(n) % len(SHAPES)
     axis = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres, in [-1, 1]
     y, x = axis[:, None], axis[None, :]
-    # In the paper's own frame: moved, turned and scaled so that a shape fills about the unit disk, a piece is 2.4 wide.
+    # In the frame of the pattern: moved, turned and scaled so that a shape fills about the unit disk, a piece is 2.4 wide.
     angle, radius = uniform(0, 2 * math.pi), loguniform(0.25, 0.65)
     dx, dy = (x - uniform(-1, 1)) / radius, (y - uniform(-1, 1)) / radius
     u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()  # (n, 1, size, size)
@@ -813,7 +815,8 @@ class Config:
                 value = float(value)
                 setattr(self, name, value)
             need(type(value) is kind, f"{name} must be of type {kind.__name__}, not {value!r}")
-            need(kind is not float or math.isfinite(value), f"{name} must be finite, not {value!r}")
+            need(kind is not float or abs(value) <= 1e30, f"{name} must be finite, and not beyond 1e30, not {value!r}")
+            need(kind is not int or abs(value) < 2 ** 31, f"{name} must be below 2^31, not {value!r}")
             need(not choices or value in choices, f"{name} must be one of {', '.join(choices or ())}, not {value!r}")
         for name in ("epochs", "batch_size", "width", "dim", "lr", "probe_lr", "k", "subset", "test_subset", "threads", "tau"):
             need(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
@@ -821,6 +824,8 @@ class Config:
             need(getattr(self, name) >= 0, f"{name} must not be below 0, not {getattr(self, name)}")
         for name in ("momentum", "bank_momentum"):
             need(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        need(self.tau is None or self.tau >= 1e-30, f"tau must be at least 1e-30, not {self.tau}")
+        need(self.threads is None or self.threads <= 1024, f"threads must be at most 1024, not {self.threads}")
         need(self.batch_size > 1, "batch_size must be at least 2: batch normalisation compares images")
         need(self.size >= 16 and self.size % 8 == 0, f"size must be a multiple of 8, at least 16, not {self.size}")
         need(self.dataset != "", "dataset must not be empty")
@@ -912,6 +917,8 @@ def train(config: Config) -> dict:
     data, folder_images = take_subset(load_dataset(config.dataset, config.data, config.size), config)
     config = dataclasses.replace(config, dataset=data.name)  # a folder's own name: no path in the record
     cell = cell_path(config, data.name)
+    if len(cell.name) > 200:
+        raise BadInput(f"too many settings depart from the preset for a file name: {cell.name}")
     record_path = Path(config.results) / f"{cell}.json"
     checkpoint_path = Path(config.runs) / f"{cell}.pt"
     identity = {"protocol_version": PROTOCOL_VERSION, "config": plain(config.study()), "data": data.sha256()}
@@ -938,11 +945,11 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
     data = dataclasses.replace(data, train_images=images, train_labels=labels,
                                test_images=data.test_images.to(device), test_labels=data.test_labels.to(device))
     model, optimiser = make_model(config, device)
-    saved = None if config.force else load_checkpoint(checkpoint_path, identity)
+    saved = find_checkpoint(config, checkpoint_path, identity)
     steps = math.ceil(N / config.batch_size)
     name = f"{config.loss}{f' tau {config.tau}' if config.tau else ''}"
     say(f"{name}, {data.name} ({N:,} of {available:,} training images), preset {config.preset}, seed {config.seed}: "
-        f"{config.epochs} epochs, about {duration(seconds_per_step(config, device, bfloat16) * steps * config.epochs)} "
+        f"{config.epochs} epochs, about {duration(seconds_per_step(config, min(N, config.batch_size), device, bfloat16) * steps * config.epochs)} "
         f"on {device}{f', threads: {torch.get_num_threads()}' if device.type == 'cpu' else ''}")
 
     if saved:
@@ -969,7 +976,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
             save_checkpoint(checkpoint_path, {
                 **identity, "model": model.state_dict(), "optimiser": optimiser.state_dict(), "bank": bank.rows, "epoch": epoch,
                 "step": step, "losses": [loss.cpu() for loss in losses], "history": history, "untrained": untrained,
-                "seconds": seconds + time.perf_counter() - began})
+                "forced": config.force, "seconds": seconds + time.perf_counter() - began})
 
     last_saved, losses = time.perf_counter(), [torch.as_tensor(loss) for loss in losses]
     while epoch < config.epochs:
@@ -985,7 +992,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
                 losses.append(loss)  # stays on the device: to look at it would make a GPU wait
                 step += 1
                 bar.update()
-                if signals.caught or time.perf_counter() - last_saved > 60:
+                if signals.caught or time.perf_counter() - last_saved > CHECKPOINT_SECONDS:
                     save()
                     last_saved = time.perf_counter()
                     signals.leave(checkpoint_path)
@@ -993,12 +1000,12 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
         if not finite():
             raise NotFinite(f"in epoch {epoch + 1}")
         entry = {"epoch": epoch + 1, "loss": mean, "lr": learning_rate(config, epoch)}
-        rate = config.batch_size * max(1, steps - first) / (time.perf_counter() - epoch_began)
+        rate = max(1, N - first * config.batch_size) / (time.perf_counter() - epoch_began)
         epoch, step, losses = epoch + 1, 0, []
         if config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
             entry |= look(model, data, bfloat16)
         history.append(entry)
-        left = (config.epochs - epoch) * steps * config.batch_size / rate
+        left = (config.epochs - epoch) * N / rate
         say(f"epoch {epoch:4}/{config.epochs}  loss {mean:8.4f}  lr {entry['lr']:.5f}  {rate:6.0f} images/s  "
             f"{duration(left):>8} left" + "".join(f"  {key} {entry[key]:.3f}" for key in ("knn", "uniformity", "tolerance")
                                                   if key in entry))
@@ -1013,6 +1020,9 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
     write_whole(record_path, (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
     show(record, record_path)
     return record
+
+
+CHECKPOINT_SECONDS = 60.0  # at most so much work is lost to a crash
 
 
 def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor, index: Tensor,
@@ -1150,7 +1160,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise BadInput(f"device {name!r} can't be used: {str(error).splitlines()[0]}")
     return device
 
@@ -1163,9 +1173,9 @@ def network_alone(model: ResNet18, views: Tensor, bfloat16: bool) -> None:
     z.backward(torch.ones_like(z))
 
 
-def seconds_per_step(config: Config, device: torch.device, bfloat16: bool) -> float:
-    """Time of a step of the network alone, measured on a copy, for the estimate in the first line printed."""
-    model, views = make_model(config, device)[0], torch.zeros(config.batch_size, 3, config.size, config.size, device=device)
+def seconds_per_step(config: Config, count: int, device: torch.device, bfloat16: bool) -> float:
+    """Time of a step of the network alone, of `count` images, measured on a copy, for the estimate in the first line."""
+    model, views = make_model(config, device)[0], torch.zeros(count, 3, config.size, config.size, device=device)
     for _ in range(2):  # the first is the warm-up
         clock = Clock(device)
         network_alone(model, normalise(views), bfloat16)
@@ -1307,7 +1317,7 @@ def show_profile(p: dict) -> None:
         f"images: {p['pil_over_batched']:.1f} times")
     say(f"evaluation: uniformity and tolerance of 10,000 embeddings {p['uniformity_and_tolerance_of_10000_ms'] / 1000:.2f} s, "
         f"the linear probe {p['probe_seconds']:.1f} s")
-    say(f"peak memory: {p['peak_memory_mib'] or math.nan:.0f} MiB; training with this preset: {duration(3600 * p['training_hours'])}")
+    say(f"peak memory: {p['peak_memory_mib'] or math.nan:.0f} MiB; training with these settings: {duration(3600 * p['training_hours'])}")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -1333,6 +1343,17 @@ def load_checkpoint(path: Path, identity: dict | None = None) -> dict | None:
         if identity:
             refuse_other(candidate, state, identity)
         return state
+    return None
+
+
+def find_checkpoint(config: Config, path: Path, identity: dict) -> dict | None:
+    """The checkpoint to go on from. With --force only from one that was forced too, and broken off."""
+    if not config.force:
+        return load_checkpoint(path, identity)
+    with contextlib.suppress(BadInput):
+        saved = load_checkpoint(path, identity)
+        if saved and saved["forced"] and saved["epoch"] < config.epochs:
+            return saved
     return None
 
 
@@ -1477,7 +1498,7 @@ def read_record(path: Path) -> dict:
     try:
         record = json.loads(path.read_text())
         whole = record["sha256"] == record_sha256(record) and {"config", "final", "history", "data"} <= record.keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         whole = False
     if not whole:
         raise BadInput(f"{path} is broken or was edited: its sha256 does not fit; remove it, or run with --force")
@@ -1836,9 +1857,15 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     except Stop as stop:
         complaint, status = str(stop), stop.status
+    except NotFinite as error:
+        complaint, status = f"the loss is not finite: {error}", 1
     except KeyboardInterrupt:
         complaint, status = "interrupted before anything was done", 130
     except torch.OutOfMemoryError as error:
+        complaint, status = f"out of memory: {str(error).splitlines()[0]}", 1
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # a CPU has no error of its own for that
+            raise
         complaint, status = f"out of memory: {str(error).splitlines()[0]}", 1
     except OSError as error:
         complaint, status = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
@@ -1853,19 +1880,21 @@ def settle(given: dict) -> Config:
         say(f"no preset given: {given['preset']}" + (" (there is no CUDA GPU; --preset paper runs the paper's protocol)"
                                                      if given["preset"] == "mini" else ""))
     config = make_config(**given)
-    return config if "dataset" in given or "dataset" in PRESETS[config.preset] else fall_back(config)
+    return config if "dataset" in given or "dataset" in PRESETS[config.preset] else fall_back(config, given)
 
 
-def fall_back(config: Config) -> Config:
+def fall_back(config: Config, given: dict) -> Config:
     """CIFAR-10 where it is there or can be downloaded, else shapes, with a notice."""
+    if config.size != 32:
+        raise BadInput("CIFAR-10 has images of 32x32: leave --size at 32, or name another --dataset")
     try:
         load_download("cifar10", Path(config.data), config.size)
         return config
     except BadInput as error:
         say(f"NOTICE: {error}.\nNOTICE: no --dataset was named, so this run uses 'shapes', made by code, NOT CIFAR-10.")
-        limits = {"subset": 4000, "test_subset": 2000}
+        there = {"subset": 4000, "test_subset": 2000}  # the preset's numbers may be more than there are; given ones may not
         return dataclasses.replace(config, dataset="shapes", **{
-            field: min(getattr(config, field), there) for field, there in limits.items() if getattr(config, field)})
+            field: min(getattr(config, field), n) for field, n in there.items() if getattr(config, field) and field not in given})
 
 
 if __name__ == "__main__":

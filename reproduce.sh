@@ -1,20 +1,38 @@
 #!/usr/bin/env bash
-# Sets up and runs, from any folder, as often as you like:
-#   bash reproduce.sh test     the tests
-#   bash reproduce.sh quick    the ten cells of Table 1 on images made by code: ten minutes on two CPU cores, no download
-# The first call makes .venv beside this file (PYTHON names the interpreter; 3.10 or later). JOBS: runs at once.
+# Sets up and runs, from any folder, as often as you like; what is done is skipped, what was broken off goes on:
+#   bash reproduce.sh [OPTION…]   every cell of Table 1, then the report: tables, figures, verdicts in results/
+#   bash reproduce.sh quick       the ten cells, small, on images made by code: ten minutes on two CPU cores, no download
+#   bash reproduce.sh test        the tests
+# Options:
+#   --preset P          paper, mini, quick or smoke          [paper where there is a GPU, else mini]
+#   --datasets "A B"    [cifar10 cifar100 svhn]; of these defaults, one that can't be had is left out, and that is said
+#   --losses "A B"      [contrastive hard simple hard-simple]
+#   --taus "A B"        of the losses that have a temperature [0.07 0.3 0.7 1.0]
+#   --seeds N           seeds 0 … N-1                         [$SEEDS, or 3]
+#   --jobs N            runs at once      [a CPU: one a core, one thread each; GPUs: --per-gpu times their number]
+#   --per-gpu N         runs at once on each GPU              [3]
+#   --results DIR       where records are or go               [results]
+#   --dry-run           print the plan and each command, run nothing
+#   -- …                all that follows goes to ctl.py, for example  -- --match-step
+# As a Slurm array, each task takes its share of the cells:  sbatch --array=0-7 --gres=gpu:1 reproduce.sh
+# The first call makes .venv beside this file (PYTHON names the interpreter; 3.10 or later).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-# glibc keeps freed memory: a step takes a tenth to a fifth less time (results/SPEED.md); results don't change.
+if [ ! -e ctl.py ] && [ -n "${SLURM_SUBMIT_DIR:-}" ]; then cd "$SLURM_SUBMIT_DIR"; fi # Slurm runs a copy of this file
+# glibc keeps freed memory: a step takes 6 to 18 % less time (results/SPEED.md); results don't change.
 export MALLOC_TOP_PAD_=134217728 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-usage() { sed -n '2,5s/^# \{0,1\}//p' reproduce.sh; }
+usage() { sed -n '2,20s/^# \{0,1\}//p' reproduce.sh; }
+stop() { echo "reproduce.sh: $1" >&2; exit 2; }
 
 set_up() {
     local base="${PYTHON:-python3}"
+    mkdir -p runs
+    exec 9> runs/.set-up.lock # tasks that start together set up one after the other
+    if command -v flock > /dev/null; then flock 9; fi
     if ! .venv/bin/python -c '' 2>/dev/null; then
         "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-            { echo "reproduce.sh: $base is not Python 3.10 or later: name one with PYTHON=…" >&2; exit 2; }
+            stop "$base is not Python 3.10 or later: name one with PYTHON=…"
         "$base" -m venv --clear .venv
     fi
     if ! cmp -s requirements.txt .venv/installed.txt; then
@@ -22,34 +40,108 @@ set_up() {
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
         cp requirements.txt .venv/installed.txt
     fi
+    exec 9>&-
 }
 
-# The ten cells of Table 1, a line each.
+# The cells, a line each, one seed of everything first.
 cells() {
-    for loss in contrastive hard; do
-        for tau in 0.07 0.3 0.7 1.0; do echo "--loss $loss --tau $tau"; done
+    local seed dataset loss tau
+    for ((seed = 0; seed < seeds; seed++)); do
+        for dataset in $datasets; do
+            for loss in $losses; do
+                case "$loss" in
+                    contrastive | hard) for tau in $taus; do echo "--dataset $dataset --loss $loss --tau $tau --seed $seed"; done ;;
+                    *) echo "--dataset $dataset --loss $loss --seed $seed" ;;
+                esac
+            done
+        done
     done
-    echo "--loss simple"
-    echo "--loss hard-simple"
 }
 
-quick() {
+# Of all cells, a line each, those of this task of a Slurm array.
+share() {
+    local step="${SLURM_ARRAY_TASK_STEP:-1}"
+    awk -v count="${SLURM_ARRAY_TASK_COUNT:-1}" -v task=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / step)) \
+        'NR % count == task % count'
+}
+
+# One cell: a line number (from 1) and its arguments. A failing one doesn't stop the others.
+run_cell() {
+    local log="$logs/$(tr -cs 'a-zA-Z0-9.-' _ <<< "$2$more").log" status=0
+    if [ "$gpus" -gt 0 ]; then export CUDA_VISIBLE_DEVICES=$(($1 % gpus)); fi
+    # shellcheck disable=SC2086
+    .venv/bin/python ctl.py --preset "$preset" --results "$results" $where $2 $more > "$log" 2>&1 || status=$?
+    case "$status" in
+        0) echo "done    $2" ;;
+        3) echo "busy    $2 (another process is at work on it)" ;;
+        *) echo "FAILED  $2 (status $status)"; echo "$2|$log" >> "$logs/failed.$$.txt"; return 1 ;;
+    esac
+}
+
+table() {
+    local status=0 dataset reachable="" count hours
+    gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+    if [ -z "$preset" ]; then
+        preset=$([ "$gpus" -gt 0 ] && echo paper || echo mini)
+        if [ "$preset" = mini ]; then echo "There is no GPU: this runs the mini preset (5,000 images, 60 epochs), not the paper's protocol."; fi
+    fi
+    if [ -z "$jobs" ]; then jobs=$([ "$gpus" -gt 0 ] && echo $((gpus * per_gpu)) || getconf _NPROCESSORS_ONLN); fi
     # One thread each: two runs at once get more images through than one run with two threads (results/SPEED.md).
-    local jobs="${JOBS:-$(getconf _NPROCESSORS_ONLN)}" status=0
-    echo "quick: ten cells on 'shapes' (made by code, no download), one seed, $jobs at once with one thread each"
-    mkdir -p runs/quick
-    # A cell with a record is done: it says so and takes a few seconds. One that fails doesn't stop the others.
-    cells | xargs -P "$jobs" -I{} bash -c '
-        log="runs/quick/$(tr -d " " <<< "$1").log"
-        if .venv/bin/python ctl.py --preset quick --threads 1 $1 > "$log" 2>&1; then echo "done    $1"
-        else echo "FAILED  $1: $(tail -n 1 "$log")" >&2; exit 1; fi' cell {} || status=1
-    .venv/bin/python ctl.py --report --preset quick
+    where=$([ "$gpus" -gt 0 ] && echo "--device cuda" || echo "--device cpu --threads 1")
+    if [ -z "$datasets" ]; then
+        for dataset in cifar10 cifar100 svhn; do
+            if [ -n "$dry" ] || .venv/bin/python -c '
+import sys, ctl
+try: ctl.load_dataset(sys.argv[1])
+except ctl.Stop as error: sys.exit("left out: " + str(error))' "$dataset"; then reachable="$reachable $dataset"; fi
+        done
+        datasets="${reachable:-shapes}"
+        if [ -z "$reachable" ]; then echo "None of the data sets can be had: this runs on 'shapes', images made by code."; fi
+    fi
+    count=$(cells | share | wc -l)
+    case "$preset" in paper) hours=0.15 ;; mini) hours=0.25 ;; quick) hours=0.03 ;; *) hours=0.003 ;; esac
+    echo "plan: $((count)) cells of preset $preset on$(printf ' %s' $datasets), $seeds seed(s), $jobs at once on $([ "$gpus" -gt 0 ] && echo "$gpus GPU(s)" || echo "the CPU");" \
+        "estimate: $(awk "BEGIN { printf \"%.1f\", $count * $hours / ($jobs < $count ? $jobs : $count + ($count == 0)) }") hours, less what is done already"
+    if [ -n "$dry" ]; then
+        cells | share | sed "s|^|.venv/bin/python ctl.py --preset $preset --results $results $where |; s|\$|$more|"
+        return 0
+    fi
+    logs="runs/logs"
+    mkdir -p "$logs"
+    export -f run_cell
+    export preset results where more gpus logs
+    rm -f "$logs"/failed.*.txt
+    cells | share | awk '{ print NR; print }' | tr '\n' '\0' | xargs -0 -n 2 -P "$jobs" bash -c 'set -uo pipefail; run_cell "$1" "$2"' cell || status=1
+    .venv/bin/python ctl.py --report --results "$results" --preset "$preset" || status=1
+    if compgen -G "$logs/failed.*.txt" > /dev/null; then
+        cat "$logs"/failed.*.txt | while IFS='|' read -r cell log; do printf '\nFAILED %s, the end of %s:\n' "$cell" "$log"; tail -n 5 "$log"; done >&2
+    fi
     return "$status"
 }
 
+preset="" datasets="" losses="contrastive hard simple hard-simple" taus="0.07 0.3 0.7 1.0" seeds="${SEEDS:-3}" jobs="${JOBS:-}"
+per_gpu=3 results=results dry="" more=""
 case "${1:-}" in
     test) set_up; exec .venv/bin/python -m pytest -q "${@:2}" test_ctl.py ;;
-    quick) [ $# -eq 1 ] || { usage >&2; exit 2; }; set_up; quick ;;
-    -h | --help) usage ;;
-    *) usage >&2; exit 2 ;;
+    quick) preset=quick datasets=shapes seeds="${SEEDS:-1}"; shift ;;
 esac
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -h | --help) usage; exit 0 ;;
+        --dry-run) dry=yes; shift; continue ;;
+        --) shift; more=" $*"; break ;;
+        --preset | --datasets | --losses | --taus | --seeds | --jobs | --per-gpu | --results)
+            [ $# -ge 2 ] && [ -n "$2" ] || stop "$1 wants a value (--help lists the options)"
+            name="${1#--}"; printf -v "${name//-/_}" %s "$2"; shift 2 ;;
+        *) stop "unknown: $1 (--help lists the options)" ;;
+    esac
+done
+for name in seeds jobs per_gpu; do
+    [ "$name" = jobs ] && [ -z "$jobs" ] || [[ "${!name}" =~ ^[1-9][0-9]{0,5}$ ]] || stop "--${name/_/-} must be a whole number above 0, not ${!name}"
+done
+[[ "$preset" =~ ^(|paper|mini|quick|smoke)$ ]] || stop "--preset must be paper, mini, quick or smoke, not $preset"
+for loss in $losses; do
+    [[ "$loss" =~ ^(contrastive|hard|simple|hard-simple|triplet)$ ]] || stop "--losses: there is no loss $loss"
+done
+set_up
+table

@@ -7,9 +7,11 @@ P = softmax(s/tau) over a row of similarities, r the same over its negatives, R 
 Python loops with math.exp and math.fsum. Then the rooms 4 to 8 (network, data, augmentation, training, results, command
 line): against torchvision, and through `ctl.main` in folders of their own. No network, no data but what the tests make.
 """
+import contextlib
 import copy
 import dataclasses
 import doctest
+import errno
 import fcntl
 import functools
 import hashlib
@@ -18,10 +20,14 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -850,6 +856,11 @@ def test_linear_probe_is_sgd_by_hand_and_takes_the_last_epoch(V):
         assert ctl.linear_probe(views if V > 1 else views[0], y, test, test_y, **options) == found  # same seed, same result
         past_best += curve[-1] < max(curve)
     assert past_best  # so that reporting the best epoch would have failed
+
+
+def test_a_diverging_probe_is_no_result():
+    with pytest.raises(ctl.NotFinite, match="probe"):
+        ctl.linear_probe(torch.randn(20, 3) * 1e6, torch.arange(20) % 2, torch.randn(4, 3), torch.arange(4) % 2, epochs=3, lr=1e35)
 
 
 def test_linear_probe_separable():
@@ -1760,6 +1771,44 @@ def test_checkpoint_of_another_tau(cli, monkeypatch):
     assert cli(*SMOKE, "--tau", "0.7", "--force")[0] == 0
 
 
+def test_force_goes_on_from_its_own_checkpoint(undisturbed, cli, monkeypatch):
+    assert cli(*SMOKE)[0] == 0
+    record = Path("results", f"{CELL}.json").read_bytes()
+    kill_at(monkeypatch, 10)
+    assert cli(*SMOKE, "--force")[0] == 143  # from the beginning, though there is a finished checkpoint
+    kill_at(monkeypatch)
+    status, out, _ = cli(*SMOKE, "--force")
+    assert status == 0 and "going on from" in out and "step 4" in out
+    assert outside(record_of()) == outside(json.loads(record))
+    assert "going on from" not in cli(*SMOKE, "--force")[1]
+
+
+def test_images_per_second_are_of_the_images(cli, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(ctl.time, "perf_counter", lambda: float(next(ticks)))
+    status, out, _ = cli(*SHORT, "--batch-size", "3000")
+    ticks_of_an_epoch = 100 / float(re.search(r"([0-9]+) images/s", out)[1])
+    assert status == 0 and 1 <= ticks_of_an_epoch <= 10
+
+
+@pytest.mark.parametrize("line,word", [(["--profile", "--lr", "1e30", "--warmup", "0"], "finite"),
+                                       (["--dim", "2000000000"], "memory")])
+def test_failures_are_one_line(line, word, cli, monkeypatch):
+    monkeypatch.setattr(ctl, "profile", functools.partial(ctl.profile, seconds=0))
+    status, out, err = cli(*SHORT, *line)
+    assert status == 1 and err.count("\n") == 1 and word in err and not list(Path("results").rglob("*.json"))
+
+
+def test_fallback_is_no_way_around_bad_input(cli, monkeypatch):
+    assert cli("--preset", "mini", "--size", "24")[0] == 2
+    Path("afile").write_text("")
+    monkeypatch.setattr(ctl, "train", lambda config: None)
+    status, out, err = cli("--preset", "mini", "--data", "afile", "--subset", "70")
+    assert status == 0 and "NOTICE" in out and "afile" in out
+    status, out, err = cli("--preset", "mini", "--data", "afile", "--dataset", "cifar10")
+    assert status == 0  # train is not run here: the data set is named outright
+
+
 def test_lock(cli):
     path = CHECKPOINT.with_suffix(".lock")
     path.parent.mkdir(parents=True)
@@ -2214,3 +2263,196 @@ def test_the_readme_and_the_tables_are_what_the_records_give(tmp_path):
     ctl.report(tmp_path / "results")
     for path in (tmp_path / "results").rglob("*.md"):
         assert path.read_bytes() == (home / path.relative_to(tmp_path)).read_bytes(), path
+
+
+# ---------------------------------------------------------------------------------------------- reproduce.sh
+
+HOME = Path(ctl.__file__).parent
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A folder with the project's files and a .venv that is this Python."""
+    for name in ("ctl.py", "reproduce.sh", "requirements.txt"):
+        shutil.copy(HOME / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(HOME / "requirements.txt", tmp_path / ".venv" / "installed.txt")
+    for name in ("SEEDS", "JOBS", *(key for key in os.environ if key.startswith("SLURM"))):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def reproduce(*options, **env):
+    done = subprocess.run(["bash", "reproduce.sh", *options], capture_output=True, text=True, env={**os.environ, **env})
+    return done.returncode, done.stdout, done.stderr
+
+
+def commands(out):
+    return [line for line in out.splitlines() if line.startswith(".venv/bin/python ctl.py")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the plan is another on a GPU")
+def test_the_plan(house):
+    status, out, err = reproduce("--dry-run")
+    assert status == 0 and err == "" and "There is no GPU" in out and "90 cells of preset mini" in out and "estimate" in out
+    whole = commands(out)
+    assert len(set(whole)) == 90 and sum("--seed 0" in line for line in whole[:30]) == 30  # one seed of everything first
+    for loss, tau in ctl.CELLS:
+        assert sum(f"--loss {loss} " in line and (not tau or f"--tau {tau} " in line) for line in whole) == 9
+    assert not (house / "results").exists()
+    status, out, _ = reproduce("--dry-run", "--preset", "quick", "--datasets", "shapes", "--seeds", "1", "--losses", "contrastive", "--taus", "0.1 0.2",
+                               "--", "--match-step")
+    assert [line.split("--dataset ")[1] for line in commands(out)] == [
+        f"shapes --loss contrastive --tau {tau} --seed 0 --match-step" for tau in (0.1, 0.2)]
+    for first, count, step in ((0, 4, 1), (10, 7, 1), (3, 5, 2)):  # a Slurm array: each cell in one task's share
+        shares = [commands(reproduce("--dry-run", SLURM_ARRAY_TASK_ID=str(first + step * task), SLURM_ARRAY_TASK_MIN=str(first),
+                                     SLURM_ARRAY_TASK_STEP=str(step), SLURM_ARRAY_TASK_COUNT=str(count))[1]) for task in range(count)]
+        assert sorted(itertools.chain(*shares)) == sorted(whole) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_slurm_runs_a_copy_of_the_script(house, tmp_path_factory):
+    copy_ = tmp_path_factory.mktemp("spool") / "slurm_script"
+    shutil.copy("reproduce.sh", copy_)
+    done = subprocess.run(["bash", str(copy_), "--dry-run", "--preset", "smoke"], capture_output=True, text=True, cwd=copy_.parent,
+                          env={**os.environ, "SLURM_SUBMIT_DIR": str(house)})
+    assert done.returncode == 0 and len(commands(done.stdout)) == 90, done.stderr
+
+
+@pytest.mark.parametrize("options", [["--seeds", "0"], ["--seeds"], ["--seeds", "x"], ["--jobs", "-1"], ["--preset", "tiny"], ["--losses", "triple"],
+                                     ["--foo"], ["all"], ["--per-gpu", ""], ["--datasets", ""]])
+def test_bad_options_of_reproduce(options, house):
+    status, out, err = reproduce(*options)
+    assert status == 2 and err.count("\n") == 1 and out == ""
+
+
+def test_a_failing_cell_is_reported_and_stops_no_other(house):
+    options = ["--preset", "smoke", "--datasets", "shapes", "--seeds", "1", "--losses", "simple contrastive", "--taus", "0.3"]
+    status, out, err = reproduce(*options, "--", "--tau", "0.5")  # the simple loss has no temperature
+    assert status == 1 and "done    --dataset shapes --loss contrastive" in out and "FAILED" in err and "has no temperature" in err
+    assert len(list(Path("results").glob("smoke/shapes/*.json"))) == 1
+    status, out, err = reproduce(*options)
+    assert status == 0 and err == "" and out.count("done") >= 2 and Path("results/smoke/TABLE.md").exists()
+
+
+def test_a_table_that_is_killed_twenty_times_is_the_same(house, tmp_path_factory):
+    undisturbed_ = tmp_path_factory.mktemp("table")
+    for loss, tau in ctl.CELLS:
+        more = ["--tau", str(tau)] if tau else []
+        assert ctl.main(["--preset", "smoke", "--loss", loss, *more, "--threads", "1", "--results", str(undisturbed_ / "results"),
+                         "--runs", str(undisturbed_ / "runs")]) == 0
+    options, moments = ["bash", "reproduce.sh", "--preset", "smoke", "--datasets", "shapes", "--seeds", "1", "--jobs", "2"], random.Random(0)
+    for _ in range(20):
+        process = subprocess.Popen(options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(1, 8))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(options, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = ({p.relative_to(f / "results"): outside(json.loads(p.read_text())) for p in (f / "results").rglob("*.json")}
+                    for f in (house, undisturbed_))
+    assert len(ours) == 10 and ours == theirs
+    assert not list((house / "results").rglob("*.tmp")) and "missing" not in Path("results/smoke/TABLE.md").read_text()
+
+
+# -------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_killed_at_random_moments(undisturbed, house):
+    """SIGKILL, one run, again and again until it is done; checkpoints every step, so that kills fall on writes too."""
+    driver = ("import ctl, sys, time\nstep = ctl.train_step\n"
+              "def slow(*a): time.sleep(0.02); ctl.CHECKPOINT_SECONDS = 0; return step(*a)\n"
+              "ctl.train_step = slow\nsys.exit(ctl.main(sys.argv[1:]))\n")
+    Path("driver.py").write_text(driver)
+    moments, killed, checkpoint = random.Random(1), 0, Path("runs", f"{CELL}.pt")
+    for _ in range(30):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        process = subprocess.Popen([sys.executable, "driver.py", *SMOKE], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns != before):
+            time.sleep(0.002)
+        try:
+            process.wait(moments.uniform(0, 0.4))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    assert killed >= 2 and process.returncode == 0, process.stderr.read()
+    assert outside(record_of()) == outside(record_of(undisturbed))
+
+
+def test_disk_full(undisturbed, cli, monkeypatch):
+    kill_at(monkeypatch, 3)
+    assert cli(*SMOKE)[0] == 143
+    before = CHECKPOINT.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        kill_at(m, 2)
+        status, _, err = cli(*SMOKE)
+        assert status == 1 and "No space left" in err and err.count("\n") == 1
+    kept = [p for p in Path("runs").rglob("*") if p.is_file() and not p.name.endswith(".lock")]
+    assert [p.read_bytes() for p in kept] == [before] and not list(Path("results").rglob("*.json"))
+    kill_at(monkeypatch)
+    assert cli(*SMOKE)[0] == 0 and outside(record_of()) == outside(record_of(undisturbed))
+
+
+def test_two_at_once(house):
+    first = subprocess.Popen([sys.executable, "ctl.py", *SMOKE, "--epochs", "200"], stdout=subprocess.PIPE, text=True)
+    while "epoch    1/" not in first.stdout.readline():
+        assert first.poll() is None
+    second = subprocess.run([sys.executable, "ctl.py", *SMOKE, "--epochs", "200"], capture_output=True, text=True)
+    assert second.returncode == 3 and second.stderr.count("\n") == 1 and "another process" in second.stderr
+    first.kill()  # the lock dies with its process
+    first.wait()
+    third = subprocess.Popen([sys.executable, "ctl.py", *SMOKE, "--epochs", "200"], stdout=subprocess.PIPE, text=True)
+    while "epoch" not in third.stdout.readline():
+        assert third.poll() is None
+    third.send_signal(signal.SIGTERM)
+    assert third.wait() == 143
+
+
+def bad_lines():
+    """Command lines each of which is wrong in one thing."""
+    for field in dataclasses.fields(ctl.Config):
+        flag, kind = "--" + field.name.replace("_", "-"), field.metadata["type"]
+        if kind in (int, float) and field.name != "milestones":
+            for value in ("x", "", "-1", "nan", "-inf", "1e999", "0x10", "1,5"):
+                yield [flag, value]
+        if field.metadata["choices"]:
+            for value in ("", "x", field.metadata["choices"][0].upper() + "!"):
+                yield [flag, value]
+        if kind is bool:
+            yield [f"{flag}=1"]
+            yield [f"--no{flag}"]
+        else:
+            yield [flag]
+    for loss in ("simple", "hard-simple", "triplet"):
+        for more in (["--tau", "0.3"], ["--tau", "1"], ["--match-step"]):
+            yield ["--loss", loss, *more]
+    for loss in ("contrastive", "simple", "triplet"):
+        for more in (["--k", "5"], ["--alpha", "0.1"]):
+            yield ["--loss", loss, *more]
+    for more in (["--loss", "hard", "--k", "5", "--alpha", "0.1"], ["--k"], ["--gamma", "0.5"], ["--milestones", "3"], ["--milestones", "2", "1"], ["pos"],
+                 ["--milestones", "x"], ["--subset", "5"], ["--subset", "4001"], ["--size", "17"], ["--size", "8"], ["--batch-size", "1"], ["--json"],
+                 ["--report", "--tau", "1"], ["--report", "--profile"], ["--dataset", ""], ["--dataset", "nowhere"], ["--dataset", "ctl.py"],
+                 ["--device", "tpu9"], ["--device", "hpu"], ["--seed", "9" * 23], ["--tau", "1e-40"], ["--probe-lr", "1e40"], ["--threads", "9" * 11],
+                 ["--batch-size", "9" * 14],
+                 "--loss hard --tau 0.312345678901 --lr 0.0312345678901234 --momentum 0.91234567890123 --weight-decay 0.000512345678901 --warmup "
+                 "1.0123456789012 --bank-momentum 0.51234567890123 --alpha 0.0812345678901 --probe-lr 0.3123456789012 --width 5".split(), ["--device", "cuda:99"], ["--tau", "0"], ["--tau", "inf"], ["--momentum", "1.1"], ["--alpha", "2"], ["-t", "1"]):
+        yield more
+
+
+def test_two_hundred_bad_command_lines(cli, tmp_path):
+    lines = list(bad_lines())
+    assert len(lines) >= 200
+    for line in lines:
+        status, out, err = cli("--preset", "smoke", *line)
+        assert status == 2 and err.count("\n") == 1 and err.startswith("ctl.py: ") and "Traceback" not in err, (line, status, err)
+        assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.name.endswith(".lock")], line
