@@ -1605,7 +1605,7 @@ def caption(rows: Rows) -> str:
             f"epoch; mean ± standard deviation (seeds). torch {', '.join(versions)}.")
 
 
-# The verdicts. What each needs is fixed here, before the results are seen. A claim's effect is computed for each seed that
+# The verdicts. What each needs stands here, not to be moved as results come in. A claim's effect is computed for each seed that
 # has all the cells it needs; above 0 speaks for the claim. With the 95 % interval of its mean over the seeds (Student's t):
 # confirmed where the interval lies above 0, refuted where it lies below, else undecided. One seed never confirms or refutes.
 
