@@ -49,6 +49,9 @@ import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads, which takes seconds: no traceback
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -783,7 +786,7 @@ class Config:
     subset: int | None = setting(None, "train on that many images, of each class as many (the same for every seed)",
                                  "our choice", int)
     test_subset: int | None = setting(None, "test on that many images, of each class as many", "our choice", int)
-    flip: bool = setting(True, "horizontal flips in the augmentation", "paper, 5.1; the authors' code has none")
+    flip: bool = setting(True, "horizontal flips in pretraining (evaluation has them always)", "paper, 5.1; the authors' code has none")
     match_step: bool = setting(False, "multiply the loss by tau, so that the step does not grow as 1/tau", "our choice")
     precision: str = setting("auto", "of the network; similarities and loss are float32 always. auto: bfloat16 on a GPU "
                              "that has it, else float32", "our choice", choices=("auto", "float32", "bfloat16"))
@@ -949,7 +952,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
     steps = math.ceil(N / config.batch_size)
     name = f"{config.loss}{f' tau {config.tau}' if config.tau else ''}"
     say(f"{name}, {data.name} ({N:,} of {available:,} training images), preset {config.preset}, seed {config.seed}: "
-        f"{config.epochs} epochs, about {duration(seconds_per_step(config, min(N, config.batch_size), device, bfloat16) * steps * config.epochs)} "
+        f"{config.epochs} epochs, training about {duration(seconds_per_step(config, min(N, config.batch_size), device, bfloat16) * steps * config.epochs)} "
         f"on {device}{f', threads: {torch.get_num_threads()}' if device.type == 'cpu' else ''}")
 
     if saved:
@@ -1015,6 +1018,8 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
     record = {**identity, "final": final, "history": history, "timing": {"seconds": total},
               "environment": environment(device, bfloat16)}
     record["data"] = {"sha256": identity["data"], "train": N, "test": len(data.test_images)}
+    if (config.loss, config.tau) in FIG_2:
+        record["tsne"] = tsne(embed(model, data.test_images[:1000], bfloat16=bfloat16)[1], data.test_labels[:1000])
     record = plain(record)
     record["sha256"] = record_sha256(record)
     write_whole(record_path, (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
@@ -1140,6 +1145,22 @@ def evaluate(model: ResNet18, data: Data, config: Config, bfloat16: bool) -> dic
     }
 
 
+FIG_2 = (("contrastive", 0.07), ("contrastive", 0.2))  # the cells whose embeddings the paper shows on a plane
+
+
+def tsne(z: Tensor, labels: Tensor) -> dict | None:
+    """Where t-SNE puts embeddings (n, dim) on a plane, for Fig. 2; None without scikit-learn or with few embeddings."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        return None
+    if len(z) < 10:
+        return None
+    places = TSNE(perplexity=min(30.0, len(z) / 4), random_state=0).fit_transform(z.cpu().numpy())  # (n, 2)
+    x, y = ([round(value, 1) for value in column] for column in places.T.tolist())
+    return {"x": x, "y": y, "label": labels.tolist()}
+
+
 def take_subset(data: Data, config: Config) -> tuple[Data, int]:
     """The images that the config asks for, and how many training images there were."""
     available = {"subset": len(data.train_labels), "test_subset": len(data.test_labels)}
@@ -1163,6 +1184,133 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise BadInput(f"device {name!r} can't be used: {str(error).splitlines()[0]}")
     return device
+
+
+# Checkpoints, locks and signals: nothing that is written is ever half there, and a run that is stopped goes on.
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """A SHA-256, then what torch.save writes; the checkpoint before stays beside it as .previous."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous"))
+    write_whole(path, hashlib.sha256(content).digest() + content)
+
+
+def load_checkpoint(path: Path, identity: dict | None = None) -> dict | None:
+    """The newest whole checkpoint, or None. Raises BadInput where it is of another config, data or code version."""
+    for candidate in (path, path.with_suffix(".previous")):
+        if not candidate.exists():
+            continue
+        content = candidate.read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            say(f"the checkpoint {candidate} is damaged: it is not used")
+            continue
+        state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+        if identity:
+            refuse_other(candidate, state, identity)
+        return state
+    return None
+
+
+def find_checkpoint(config: Config, path: Path, identity: dict) -> dict | None:
+    """The checkpoint to go on from. With --force only from one that was forced too, and broken off."""
+    if not config.force:
+        return load_checkpoint(path, identity)
+    with contextlib.suppress(BadInput):
+        saved = load_checkpoint(path, identity)
+        if saved and saved["forced"] and saved["epoch"] < config.epochs:
+            return saved
+    return None
+
+
+def refuse_other(path: Path, found: dict, wanted: dict) -> None:
+    """Raise BadInput, naming what differs, where a record or checkpoint is of another config, data or version."""
+    there, here = dict(found["config"]), dict(wanted["config"])
+    data = found["data"]
+    there |= {"data": data["sha256"] if isinstance(data, dict) else data, "protocol_version": found["protocol_version"]}
+    here |= {"data": wanted["data"], "protocol_version": wanted["protocol_version"]}
+    for key in sorted(there.keys() | here.keys()):
+        if plain(there.get(key)) != here.get(key):
+            raise BadInput(f"{path} is of another run: {key} is {there.get(key)} there, {here.get(key)} here; "
+                           "move it away, or give another --results and --runs")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under another name in the same folder, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def probe_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"cannot write into {folder}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = False):
+    """Hold the lock of that name; it goes with the process that holds it, however that ends."""
+    with open(path, "w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise Busy(f"another process is at work on this cell (it holds {path})")
+        yield
+
+
+class Interrupted(Stop):
+    """SIGINT or SIGTERM; the status is 128 + the signal's number, as shells have it."""
+
+
+class Signals:
+    """SIGINT and SIGTERM end the run at once, or, while waiting(), when leave() is called at the end of a step."""
+
+    def __init__(self):
+        self.caught, self.wait, self.before = 0, False, {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _frame) -> None:
+        self.caught = number
+        if not self.wait:
+            self.leave()
+
+    def leave(self, checkpoint: Path | None = None) -> None:
+        if self.caught:
+            stop = Interrupted(f"{signal.Signals(self.caught).name}: stopped; the same command goes on"
+                               + (f" from {checkpoint}" if checkpoint else " from its last checkpoint, if there is one"))
+            stop.status = 128 + self.caught
+            raise stop
+
+    @contextlib.contextmanager
+    def waiting(self):
+        self.wait = True
+        yield
+        self.wait = False
+        self.leave()
+
+
+# What a step costs: --profile.
 
 
 def network_alone(model: ResNet18, views: Tensor, bfloat16: bool) -> None:
@@ -1320,127 +1468,6 @@ def show_profile(p: dict) -> None:
     say(f"peak memory: {p['peak_memory_mib'] or math.nan:.0f} MiB; training with these settings: {duration(3600 * p['training_hours'])}")
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """A SHA-256, then what torch.save writes; the checkpoint before stays beside it as .previous."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    if path.exists():
-        os.replace(path, path.with_suffix(".previous"))
-    write_whole(path, hashlib.sha256(content).digest() + content)
-
-
-def load_checkpoint(path: Path, identity: dict | None = None) -> dict | None:
-    """The newest whole checkpoint, or None. Raises BadInput where it is of another config, data or code version."""
-    for candidate in (path, path.with_suffix(".previous")):
-        if not candidate.exists():
-            continue
-        content = candidate.read_bytes()
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            say(f"the checkpoint {candidate} is damaged: it is not used")
-            continue
-        state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-        if identity:
-            refuse_other(candidate, state, identity)
-        return state
-    return None
-
-
-def find_checkpoint(config: Config, path: Path, identity: dict) -> dict | None:
-    """The checkpoint to go on from. With --force only from one that was forced too, and broken off."""
-    if not config.force:
-        return load_checkpoint(path, identity)
-    with contextlib.suppress(BadInput):
-        saved = load_checkpoint(path, identity)
-        if saved and saved["forced"] and saved["epoch"] < config.epochs:
-            return saved
-    return None
-
-
-def refuse_other(path: Path, found: dict, wanted: dict) -> None:
-    """Raise BadInput, naming what differs, where a record or checkpoint is of another config, data or version."""
-    there, here = dict(found["config"]), dict(wanted["config"])
-    data = found["data"]
-    there |= {"data": data["sha256"] if isinstance(data, dict) else data, "protocol_version": found["protocol_version"]}
-    here |= {"data": wanted["data"], "protocol_version": wanted["protocol_version"]}
-    for key in sorted(there.keys() | here.keys()):
-        if plain(there.get(key)) != here.get(key):
-            raise BadInput(f"{path} is of another run: {key} is {there.get(key)} there, {here.get(key)} here; "
-                           "move it away, or give another --results and --runs")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under another name in the same folder, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def probe_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise BadInput(f"cannot write into {folder}: {error.strerror}")
-
-
-@contextlib.contextmanager
-def lock(path: Path, wait: bool = False):
-    """Hold the lock of that name; it goes with the process that holds it, however that ends."""
-    with open(path, "w") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise Busy(f"another process is at work on this cell (it holds {path})")
-        yield
-
-
-class Interrupted(Stop):
-    """SIGINT or SIGTERM; the status is 128 + the signal's number, as shells have it."""
-
-
-class Signals:
-    """SIGINT and SIGTERM end the run at once, or, while waiting(), when leave() is called at the end of a step."""
-
-    def __init__(self):
-        self.caught, self.wait, self.before = 0, False, {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, _frame) -> None:
-        self.caught = number
-        if not self.wait:
-            self.leave()
-
-    def leave(self, checkpoint: Path | None = None) -> None:
-        if self.caught:
-            stop = Interrupted(f"{signal.Signals(self.caught).name}: stopped; the same command goes on"
-                               + (f" from {checkpoint}" if checkpoint else " from its last checkpoint, if there is one"))
-            stop.status = 128 + self.caught
-            raise stop
-
-    @contextlib.contextmanager
-    def waiting(self):
-        self.wait = True
-        yield
-        self.wait = False
-        self.leave()
-
-
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ 7  RESULTS                                                                 paper, section 5, Table 1 │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
@@ -1488,8 +1515,9 @@ def plain(value):
 
 
 def record_sha256(record: dict) -> str:
-    """Of all but the clock and the machine: two runs that agree have one sum, and a number edited by hand shows."""
-    rest = {key: value for key, value in record.items() if key not in ("sha256", "timing", "environment")}
+    """Of all but the clock, the machine and a picture that needs a library: two runs that agree have one sum, and a number
+    edited by hand shows."""
+    rest = {key: value for key, value in record.items() if key not in ("sha256", "timing", "environment", "tsne")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
@@ -1614,6 +1642,7 @@ NEEDS = """Each effect is computed for every seed that has all cells it needs; a
 best τ of a loss is chosen by `accuracy_heldout`, the accuracy on a fifth of the training labels, never on test data.
 """
 TAUS = (0.07, 0.3, 0.7, 1.0)
+MATCHED = "contrastive, match_step-True"
 
 
 def smallest_rise(values: list[float]) -> float:
@@ -1633,9 +1662,9 @@ def accuracy_at_best(cells: dict) -> float:
     return cells["contrastive", best(cells)]["accuracy"]
 
 
-def reverse_u(cells: dict) -> float:
-    inside = cells["contrastive", best(cells, taus=TAUS[1:-1])]["accuracy"]
-    return inside - max(cells["contrastive", TAUS[0]]["accuracy"], cells["contrastive", TAUS[-1]]["accuracy"])
+def reverse_u(cells: dict, loss: str = "contrastive") -> float:
+    inside = cells[loss, best(cells, loss, TAUS[1:-1])]["accuracy"]
+    return inside - max(cells[loss, TAUS[0]]["accuracy"], cells[loss, TAUS[-1]]["accuracy"])
 
 
 def flatness(cells: dict) -> float:
@@ -1673,6 +1702,8 @@ CLAIMS = [  # (claim, its effect, in words; the effect of one seed, from (loss, 
      "the smallest step of the gap, or of the positive's similarity, from one τ to the next", profile_opens),
     ("C9", "the τ→0 loss learns nothing useful", "a quarter of the ordinary loss's gain in accuracy over the untrained network, less the "
      "triplet loss's gain", uselessness),
+    ("M", "ours, not the paper's: C3 holds also where the step does not grow as 1/τ", "as C3, of the loss times τ (`--match-step`)",
+     lambda c: reverse_u(c, MATCHED)),
 ]
 
 
@@ -1691,9 +1722,10 @@ def verdict(effects: list[float]) -> tuple[str, float | None, float | None]:
 def claims_table(rows: Rows) -> str:
     seeds: dict[int, dict] = {}
     for (loss, tau, departs), runs in rows.items():
-        for _, record in runs if not departs else ():
-            seeds.setdefault(record["config"]["seed"], {})[loss, tau] = record["final"]
-    lines = ["| | claim | verdict | effect (95 % interval) | seeds | what the effect is |", "|---|---|---|---|---|---|"]
+        for _, record in runs:
+            name = f"{loss}, {departs}" if departs else loss
+            seeds.setdefault(record["config"]["seed"], {})[name, tau] = record["final"]
+    lines = ["| | claim | verdict | effect (95 % interval) | of each seed | what the effect is |", "|---|---|---|---|---|---|"]
     for name, claim, words, effect in CLAIMS:
         effects = []
         for cells in seeds.values():
@@ -1701,7 +1733,7 @@ def claims_table(rows: Rows) -> str:
                 effects.append(effect(cells))
         decided, mean, half = verdict(effects)
         shown = "–" if mean is None else f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else "")
-        lines.append(f"| {name} | {claim} | **{decided}** | {shown} | {len(effects)} | {words} |")
+        lines.append(f"| {name} | {claim} | **{decided}** | {shown} | {', '.join(f'{e:.3f}' for e in effects) or '–'} | {words} |")
     return "\n".join(lines)
 
 
@@ -1709,7 +1741,7 @@ COLOURS = {"contrastive": "#0072b2", "hard": "#d55e00", "match_step": "#009e73"}
 
 
 def draw(rows: Rows, folder: Path, dataset: str, version: int) -> None:
-    """Figs. 4-7 and 9 in three panels, Fig. 8 in one a tau, and Fig. 3, as SVG and PNG."""
+    """Figs. 4-7 and 9 in three panels, Fig. 8 in one a tau, Figs. 2 and 3, as SVG and PNG."""
     import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "ctl", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
@@ -1758,6 +1790,18 @@ def draw(rows: Rows, folder: Path, dataset: str, version: int) -> None:
             axis.set(title=f"τ = {tau}", ylim=(0, 1))
         axes[0][0].set_ylabel("mean similarity")
         save(figure, f"{dataset}-v{version}-profile")
+
+    planes = [(tau, record["tsne"]) for loss, tau in FIG_2 for _, record in rows.get((loss, tau, ""), [])[:1] if record.get("tsne")]
+    if planes:
+        figure, axes = pyplot.subplots(1, len(planes), figsize=(5 * len(planes), 4.6), squeeze=False)
+        for axis, (tau, points) in zip(axes[0], planes):
+            for label in sorted(set(points["label"])):  # five colours, then the next marker: told apart without the hue
+                x, y = ([value for value, own in zip(points[key], points["label"]) if own == label] for key in "xy")
+                axis.scatter(x, y, s=9, color=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")[label % 5], marker="ox^s+"[label // 5 % 5])
+            axis.set(title=f"τ = {tau}", xticks=[], yticks=[])
+        save(figure, f"{dataset}-v{version}-tsne")
+    else:
+        say(f"Fig. 2 is skipped: {dataset} has no record with t-SNE (contrastive, tau 0.07 or 0.2, run where scikit-learn is installed)")
 
     figure, axis = pyplot.subplots(figsize=(5, 3.4))
     s = torch.rand(1, 200, generator=generator("figure 3"), dtype=torch.float64).sort(dim=1).values * 2 - 1
@@ -1839,10 +1883,10 @@ def main(argv: list[str] | None = None) -> int:
         reporting, profiling, as_json = (given.pop(mode) for mode in ("report", "profile", "json"))
         if as_json and not profiling or reporting and profiling:
             raise BadInput("--json goes with --profile, and --profile not with --report")
+        ignored = given.keys() - {"preset", "results"} if reporting else given.keys() & {"force", "eval_every", "results", "runs"}
+        if ignored and (reporting or profiling):
+            raise BadInput(f"--{'report' if reporting else 'profile'} takes no --{sorted(ignored)[0].replace('_', '-')}")
         if reporting:
-            known = {"preset", "results"}
-            if given.keys() - known:
-                raise BadInput(f"--report takes no --{sorted(given.keys() - known)[0].replace('_', '-')}")
             report(Path(given.get("results", "results")), given.get("preset"))
             return 0
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -1898,4 +1942,5 @@ def fall_back(config: Config, given: dict) -> Config:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

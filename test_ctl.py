@@ -24,10 +24,12 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -1052,17 +1054,17 @@ def test_network_is_torchvisions(full, training):
 # ------------------------------------------------------------------------------------------- augmentation
 
 
-def reference(images, a):
+def reference(images, a, start=lambda image: image.float() / 255, end=lambda x: x):
     adjust = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
     size, out = images.shape[-1], []
     for i, image in enumerate(images):
         top, left, height, width = a.crop[i].tolist()
-        x = TF.resized_crop(image.float() / 255, top, left, height, width, [size, size],
+        x = TF.resized_crop(start(image), top, left, height, width, [size, size],
                             transforms.InterpolationMode.BILINEAR, antialias=True)
         for operation in a.order[i].tolist():
             x = adjust[operation](x, a.factor[i, operation].item())
         x = TF.hflip(x) if a.flip[i] else x
-        out.append(TF.rgb_to_grayscale(x, num_output_channels=3) if a.grey[i] else x)
+        out.append(end(TF.rgb_to_grayscale(x, num_output_channels=3) if a.grey[i] else x))
     return torch.stack(out)
 
 
@@ -1083,6 +1085,14 @@ def test_augment_is_torchvisions(seed, size):
     got = ctl.augment(x, a)
     assert got.shape == x.shape and got.dtype == torch.float32 and got.min() >= 0 and got.max() <= 1
     torch.testing.assert_close(got, reference(x, a), atol=1e-5, rtol=0)
+
+
+def test_augment_is_near_the_pil_pipeline():
+    """Which rounds to 256 levels after every step, the hue to 256 too: README's figure, 1.4 levels in the mean on CIFAR-10."""
+    x = shapes().train_images[:300]
+    a = ctl.draw_augmentation(len(x), torch.Generator().manual_seed(0))
+    levels = 255 * (ctl.augment(x, a) - reference(x, a, TF.to_pil_image, TF.to_tensor)).abs()
+    assert 0.5 < levels.mean() < 2 and levels.max() < 40
 
 
 def test_augment_every_order():
@@ -1412,6 +1422,32 @@ def test_bad_folder(spoil, tmp_path, cli):
     assert named in str(error.value) and "\n" not in str(error.value)
     status, _, err = cli("--preset", "smoke", "--dataset", root)
     assert status == 2 and err.count("\n") == 1 and not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
+
+
+def broken_images(root):
+    """(the image, its content), broken in one way each: cut off, its head changed, of another kind, of absurd size."""
+    for path in sorted(root.glob("*/*/*.png")):
+        whole = path.read_bytes()
+        for size in (0, 1, 8, 16, 33, 40, len(whole) // 2):
+            yield path, whole[:size]
+        for place in (0, 3, 12, 20):  # the signature, the first chunk's name, its width
+            yield path, whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:]
+        yield path, b"\xff\xd8\xff\xe0" + whole[4:]  # says that it is a JPEG
+        yield path, b"<svg xmlns='http://www.w3.org/2000/svg'/>"
+        yield path, whole[:16] + struct.pack(">II", 2 ** 30, 2 ** 30) + whole[24:]
+
+
+def test_hundreds_of_broken_images(tmp_path, cli):
+    root = make_folder(tmp_path / "pets", each=4)
+    cases = list(broken_images(root))
+    assert len(cases) >= 200
+    for path, content in cases:
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        status, out, err = cli("--preset", "smoke", "--dataset", root)
+        assert status == 2 and out == "" and err.count("\n") == 1 and str(path) in err, (path, content[:40], err)
+        path.write_bytes(whole)
+    assert len(ctl.load_folder(root).train_images) == 8 and not Path("results").exists() and not Path("runs").exists()
 
 
 # ------------------------------------------------------------------------------- settings and command line
@@ -2057,7 +2093,8 @@ def test_profile_table_and_its_bad_uses(cli, monkeypatch):
     monkeypatch.setattr(ctl, "profile", functools.partial(ctl.profile, seconds=0))
     status, out, err = cli("--profile", "--preset", "smoke", "--threads", "1")
     assert status == 0 and err == "" and "step / network" in out and "PIL" in out and "peak memory" in out
-    for line in (["--json"], ["--json", "--report"], ["--profile", "--report"]):
+    ignored = [["--profile", *more] for more in (["--report"], ["--force"], ["--eval-every", "3"], ["--results", "x"], ["--runs", "x"])]
+    for line in (["--json"], ["--json", "--report"], *ignored):
         status, out, err = cli(*line)
         assert status == 2 and err.count("\n") == 1 and out == ""
 
@@ -2139,7 +2176,7 @@ def as_the_paper_has_it(seed):
         cells[loss, tau] = dict(accuracy=accuracy + wobble, accuracy_heldout=accuracy + wobble / 2, uniformity=uniform + wobble, tolerance=tolerant + wobble,
                                 knn=50.0, alignment=0.1, profile=[0.8 + 0.1 * (tau or 1)] + [nearest - 0.6] * 10, untrained={"accuracy": 25.0})
     cells["triplet", None] = {**cells["simple", None], "accuracy": 26.0 + seed / 10}
-    return cells
+    return cells | {(ctl.MATCHED, tau): dict(cells["contrastive", tau]) for tau in ctl.TAUS}
 
 
 def decided(seeds):
@@ -2147,12 +2184,14 @@ def decided(seeds):
     rows = {}
     for seed, cells in enumerate(seeds):
         for (loss, tau), final in cells.items():
-            rows.setdefault((loss, tau, ""), []).append((Path("x"), {"config": {"seed": seed}, "final": final}))
+            loss, _, departs = loss.partition(", ")
+            rows.setdefault((loss, tau, departs), []).append((Path("x"), {"config": {"seed": seed}, "final": final}))
     return {line.split("|")[1].strip(): re.search(r"\*\*(\w+)\*\*", line)[1] for line in ctl.claims_table(rows).splitlines()[2:]}
 
 
 def test_claims_on_the_papers_own_numbers():
-    assert decided([as_the_paper_has_it(seed) for seed in range(3)]) == {f"C{i}": "confirmed" for i in range(1, 10)}
+    assert decided([as_the_paper_has_it(seed) for seed in range(3)]) == {name: "confirmed" for name, *_ in ctl.CLAIMS}
+    assert [name for name, *_ in ctl.CLAIMS] == [f"C{i}" for i in range(1, 10)] + ["M"]
     assert set(decided([as_the_paper_has_it(0)]).values()) == {"undecided"}  # one seed never confirms
 
 
@@ -2176,13 +2215,16 @@ def turned(cells, claim):
         c[o(1.0)]["profile"][0] = c[o(0.7)]["profile"][0] - 0.05
     elif claim == "C9":
         c["triplet", None]["accuracy"] = 70.0
+    elif claim == "M":
+        c[ctl.MATCHED, 1.0]["accuracy"] += 3
     return c
 
 
-@pytest.mark.parametrize("claim", [f"C{i}" for i in range(1, 10)])
+@pytest.mark.parametrize("claim", [name for name, *_ in ctl.CLAIMS])
 def test_a_claim_turned_round_is_refuted(claim):
     verdicts = decided([turned(as_the_paper_has_it(seed), claim) for seed in range(3)])
     assert verdicts[claim] == "refuted"
+    assert claim not in ("C3", "M") or verdicts[{"C3": "M", "M": "C3"}[claim]] == "confirmed"  # neither looks at the other's runs
     both = [as_the_paper_has_it(0), turned(as_the_paper_has_it(1), claim)]
     assert decided(both)[claim] == "undecided"
 
@@ -2199,7 +2241,7 @@ def test_claims_choose_tau_on_held_out_labels():
 def test_missing_cells_leave_a_claim_undecided():
     seeds = [as_the_paper_has_it(seed) for seed in range(3)]
     for cells in seeds[1:]:
-        del cells["simple", None], cells["contrastive", 1.0]
+        del cells["simple", None], cells["contrastive", 1.0], cells[ctl.MATCHED, 0.3]
     assert "confirmed" not in decided(seeds).values()
     assert decided([{}, {}])["C1"] == "undecided"
 
@@ -2216,7 +2258,7 @@ def test_verdict_is_students_t(effects):
 def test_report(cli):
     for seed in range(3):
         for (loss, tau), final in as_the_paper_has_it(seed).items():
-            if (loss, tau) != ("hard", 1.0):
+            if (loss, tau) != ("hard", 1.0) and loss != ctl.MATCHED:
                 put_record(loss, tau, seed, {**final, "accuracy": 80.0 + seed})
     put_record("contrastive", 0.3, 0, {**as_the_paper_has_it(0)["contrastive", 0.3], "accuracy": 12.34}, match_step=True)
     status, out, err = cli("--report")
@@ -2244,11 +2286,99 @@ def test_claims_take_no_run_that_departs_from_the_preset():
     rows = {}
     for seed in range(3):
         for (loss, tau), final in as_the_paper_has_it(seed).items():
-            rows.setdefault((loss, tau, ""), []).append((Path("x"), {"config": {"seed": seed}, "final": final}))
+            loss, _, departs = loss.partition(", ")
+            rows.setdefault((loss, tau, departs), []).append((Path("x"), {"config": {"seed": seed}, "final": final}))
     before = ctl.claims_table(rows)
     spoilt = {**rows["contrastive", 0.3, ""][0][1]["final"], "uniformity": 0.0, "tolerance": 1.0, "accuracy": 10.0}
-    rows["contrastive", 0.3, "match_step-True"] = [(Path("x"), {"config": {"seed": seed}, "final": spoilt}) for seed in range(3)]
+    rows["contrastive", 0.3, "lr-0.1"] = [(Path("x"), {"config": {"seed": seed}, "final": spoilt}) for seed in range(3)]
     assert ctl.claims_table(rows) == before
+
+
+def test_claims_show_each_seed():
+    line = ctl.claims_table({("contrastive", tau, ""): [(Path("x"), {"config": {"seed": seed}, "final": {"uniformity": (4 - seed) * (2 - tau)}})
+                                                        for seed in (0, 1)] for tau in ctl.TAUS}).splitlines()[2]
+    assert "| 0.805 ± 1.461 | 0.920, 0.690 |" in line  # 4 · 0.23 and 3 · 0.23; 12.706 · 0.1626 / sqrt 2
+
+
+def test_figures_show_the_records(cli, monkeypatch):
+    import matplotlib.axes
+    drawn = {}
+    for name in ("errorbar", "bar", "plot", "scatter"):
+        def keep(self, *args, name=name, do=getattr(matplotlib.axes.Axes, name), **kwargs):
+            drawn.setdefault(name, []).append((args, kwargs))
+            return do(self, *args, **kwargs)
+        monkeypatch.setattr(matplotlib.axes.Axes, name, keep)
+    cells = as_the_paper_has_it(0)
+    for loss in ("contrastive", "hard"):
+        for tau in ctl.TAUS:
+            for seed in (0, 1):
+                put_record(loss, tau, seed, {**cells[loss, tau], "uniformity": tau + seed, "tolerance": 2 * tau + seed, "accuracy": 3 * tau + seed,
+                                             "profile": [tau + seed] + [n / 100 for n in range(10)]})
+    put_record("contrastive", 0.3, 0, {**cells["contrastive", 0.3], "uniformity": 9.0}, match_step=True)
+    status, out, _ = cli("--report")
+    assert status == 0 and "Fig. 2 is skipped" in out and "scatter" not in drawn
+    curves = [(args[0], args[1], args[2]) for args, _ in drawn["errorbar"]]
+    for key in (1, 2, 3):  # uniformity, tolerance, accuracy: the mean over two seeds that are 1 apart, and its spread
+        same = [(x, y, e) for x, y, e in curves if y == pytest.approx([key * tau + 0.5 for tau in ctl.TAUS])]
+        assert len(same) == 2 and all(x == list(ctl.TAUS) and e == pytest.approx([0.5 ** 0.5] * 4) for x, _, e in same)
+    assert sum(y == [9.0] for _, y, _ in curves) == 1
+    theirs = [args[1] for args, _ in drawn["plot"] if args[0] == ctl.TAUS]
+    for place in range(3):
+        for loss in ("contrastive", "hard"):
+            assert [ctl.PAPER["cifar10"][loss, tau][place] for tau in ctl.TAUS] in theirs
+    assert [args[1][0] for args, _ in drawn["bar"]] == pytest.approx([tau + 0.5 for tau in ctl.TAUS])
+    assert drawn["bar"][0][0][0] == ["pos"] + [f"n{n}" for n in range(1, 11)] and drawn["bar"][0][0][1][10] == pytest.approx(0.09)
+    penalties = [args for args, _ in drawn["plot"] if isinstance(args[0], torch.Tensor)]
+    assert len(penalties) == 4
+    for (s, r, *_), tau in zip(penalties, ctl.TAUS):  # Eq. 5, and it is a distribution
+        torch.testing.assert_close(r, torch.softmax(s / tau, 0))
+
+
+class Plane:
+    """In the place of scikit-learn's TSNE."""
+
+    def __init__(self, perplexity, random_state):
+        assert 0 < perplexity <= 30 and random_state == 0
+
+    def fit_transform(self, z):
+        assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
+        return 100 * z[:, :2].astype(np.float64)
+
+
+def test_fig_2(cli, monkeypatch):
+    line = [*SMOKE[:-4], "--tau", "0.07", "--threads", "1"]
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    assert cli(*line)[0] == 0
+    without = json.loads(Path("results/smoke/shapes/contrastive_tau0.07_seed0.json").read_text())
+    assert without["tsne"] is None
+    status, out, _ = cli("--report")
+    assert status == 0 and "Fig. 2 is skipped" in out and not list(Path("results/smoke").glob("*tsne*"))
+    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", types.SimpleNamespace(TSNE=Plane))
+    assert cli(*line, "--force")[0] == 0
+    record = json.loads(Path("results/smoke/shapes/contrastive_tau0.07_seed0.json").read_text())
+    assert record["sha256"] == without["sha256"] and record["final"] == without["final"]
+    points = record["tsne"]
+    assert len(points["x"]) == len(points["y"]) == len(points["label"]) == 100 and sorted(set(points["label"])) == list(range(10))
+    assert all(round(x, 1) == x and -100 <= x <= 100 for x in points["x"] + points["y"]) and len(set(points["x"])) > 30
+    import matplotlib.axes
+    scatter, seen = matplotlib.axes.Axes.scatter, []
+    monkeypatch.setattr(matplotlib.axes.Axes, "scatter", lambda self, x, y, **k: seen.append((x, y)) or scatter(self, x, y, **k))
+    status, out, _ = cli("--report")
+    assert status == 0 and "skipped" not in out and Path(f"results/smoke/shapes-v{ctl.PROTOCOL_VERSION}-tsne.svg").exists()
+    assert seen[3] == tuple([v for v, label in zip(points[key], points["label"]) if label == 3] for key in "xy") and len(seen) == 10
+
+
+def test_tsne_keeps_neighbours_together():
+    pytest.importorskip("sklearn")
+    labels = torch.arange(60) % 2
+    z = F.normalize(torch.eye(16)[labels] + 0.05 * torch.randn(60, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    points = ctl.tsne(z, labels)
+    assert points == ctl.tsne(z, labels) and points["label"] == labels.tolist()
+    xy = torch.tensor([points["x"], points["y"]]).T
+    nearest = torch.cdist(xy, xy).fill_diagonal_(math.inf).argmin(dim=1)
+    assert (labels[nearest] == labels).all() and ctl.tsne(z[:9], labels[:9]) is None
 
 
 def test_report_never_averages_versions(cli):
@@ -2414,6 +2544,74 @@ def test_disk_full(undisturbed, cli, monkeypatch):
     assert [p.read_bytes() for p in kept] == [before] and not list(Path("results").rglob("*.json"))
     kill_at(monkeypatch)
     assert cli(*SMOKE)[0] == 0 and outside(record_of()) == outside(record_of(undisturbed))
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """mount(folder, options): a file system of its own; skips where mounting one is not allowed."""
+    mounted = []
+
+    def do(folder, options):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "ctl-test", str(folder)], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system")
+        mounted.append(folder)
+    yield do
+    for folder in reversed(mounted):
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("full", ["runs", "results"])
+def test_a_disk_that_is_really_full(full, undisturbed, cli, monkeypatch, mount):
+    size = (undisturbed / "runs" / f"{CELL}.pt").stat().st_size
+    mount(full, f"size={size + 8192 if full == 'runs' else 4096}")  # one checkpoint, but no second
+    if full == "results":
+        Path(full, "other").write_bytes(b"0" * 4096)  # no record either
+    monkeypatch.setattr(ctl, "CHECKPOINT_SECONDS", 0)
+    status, _, err = cli(*SMOKE)
+    assert status == 1 and "No space left" in err and err.count("\n") == 1
+    assert not list(Path("results").rglob("*.json")) and not [p for p in Path(".").rglob("*") if p.name.endswith(".tmp")]
+    subprocess.run(["mount", "-o", f"remount,size={8 * size}", full], check=True)
+    monkeypatch.setattr(ctl, "CHECKPOINT_SECONDS", 60)
+    status, out, _ = cli(*SMOKE)
+    assert status == 0 and "going on from" in out and outside(record_of()) == outside(record_of(undisturbed))
+
+
+@pytest.mark.parametrize("folder", ["runs", "results"])
+def test_a_folder_that_can_only_be_read(folder, cli, mount):
+    Path(folder).mkdir()
+    if os.geteuid():
+        Path(folder).chmod(0o555)
+    else:  # root may write everywhere but on a file system that is read-only
+        mount(folder, "ro")
+    status, _, err = cli(*SMOKE)
+    assert status == 2 and f"cannot write into {folder}" in err and err.count("\n") == 1
+    assert not [p for p in Path(".").rglob("*") if p.is_file()]
+
+
+def test_a_report_that_cannot_be_written(cli, mount):
+    final = as_the_paper_has_it(0)["simple", None]
+    mount("results", "size=1m")
+    put_record("simple", None, 0, final)
+    before = sorted(Path("results").rglob("*"))
+    subprocess.run(["mount", "-o", "remount,ro", "results"], check=True)
+    status, _, err = cli("--report")
+    assert status == 1 and "ead-only" in err and err.count("\n") == 1 and sorted(Path("results").rglob("*")) == before
+
+
+def test_interrupted_while_torch_loads(house):
+    Path("torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
+    done = subprocess.run([sys.executable, "ctl.py", *SMOKE], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""  # which a shell shows as 130
+
+
+def test_interrupted_before_the_run(house):
+    """Once torch is there SIGINT is an exception again: it cleans up and says so."""
+    Path("driver.py").write_text("import argparse, runpy, signal\nargparse.ArgumentParser.parse_args = lambda *a: signal.raise_signal(signal.SIGINT)\n"
+                                 "runpy.run_path('ctl.py', run_name='__main__')\n")
+    done = subprocess.run([sys.executable, "driver.py"], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "ctl.py: interrupted before anything was done\n"
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
