@@ -1030,6 +1030,9 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost to a crash
 
 
+PARTS = ("augmentation", "forward", "similarities and loss", "backward", "optimiser", "bank update")  # of a step
+
+
 def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor, index: Tensor,
                drawn: Augmentation, config: Config, k: int | None, bfloat16: bool, mark=lambda part: None) -> Tensor:
     """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the mean loss, ().
@@ -1812,13 +1815,32 @@ def draw(rows: Rows, folder: Path, dataset: str, version: int) -> None:
     save(figure, "penalty")
 
 
-MARKER = re.compile(r"(<!-- report: (\S+) (\S+) (table|claims) -->\n).*?(<!-- /report -->)", re.DOTALL)
+def costs(folder: Path, home: Path) -> str:
+    """What `--profile --json` measured: a row for each file of `folder`; links are relative to `home`."""
+    lines = ["| | threads | " + " | ".join(PARTS) + " | the step, ms | network alone | step / network | images/s | MiB | training |"]
+    lines.append("|---" * (len(PARTS) + 8) + "|")
+    for path in sorted(folder.glob("*.json")):
+        try:
+            p = json.loads(path.read_text())
+            numbers = [*(f"{p['parts_ms'][part]:.1f}" for part in PARTS), f"{p['step_ms']:.1f}", f"{p['network_ms']:.1f}",
+                       f"{p['step_over_network']:.3f}", f"{p['images_per_second']:.0f}", f"{p['peak_memory_mib']:.0f}",
+                       duration(3600 * p["training_hours"])]
+            lines.append(f"| [{path.stem}]({path.relative_to(home).as_posix()}) | {p['environment']['threads']} | {' | '.join(numbers)} |")
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{path} is not what --profile --json prints")
+    return "\n".join(lines)
+
+
+MARKER = re.compile(r"(<!-- report: (?:(\S+) (\S+) (table|claims)|costs) -->\n).*?(<!-- /report -->)", re.DOTALL)
 
 
 def fill_in(text: str, results: Path) -> str:
-    """A README's text, what stands between `<!-- report: PRESET DATASET table|claims -->` and `<!-- /report -->` made anew."""
+    """A README's text, made anew between `<!-- report: PRESET DATASET table|claims -->`, or `<!-- report: costs -->`, and
+    `<!-- /report -->`."""
     def anew(match: re.Match) -> str:
         opening, preset, dataset, what, closing = match.groups()
+        if not what:
+            return opening + costs(results / "profile", results.parent) + "\n" + closing
         parts = [(table(rows, results.parent) if what == "table" else claims_table(rows))
                  for (_, name, version), rows in read_groups(results, preset).items() if name == dataset and version == PROTOCOL_VERSION]
         return opening + "\n\n".join(parts or ["No records yet."]) + "\n" + closing

@@ -2360,7 +2360,8 @@ def test_fig_2(cli, monkeypatch):
     record = json.loads(Path("results/smoke/shapes/contrastive_tau0.07_seed0.json").read_text())
     assert record["sha256"] == without["sha256"] and record["final"] == without["final"]
     points = record["tsne"]
-    assert len(points["x"]) == len(points["y"]) == len(points["label"]) == 100 and sorted(set(points["label"])) == list(range(10))
+    assert len(points["x"]) == len(points["y"]) == len(points["label"]) == 100
+    assert points["label"] == ctl.take_subset(shapes(), ctl.make_config("smoke"))[0].test_labels.tolist()
     assert all(round(x, 1) == x and -100 <= x <= 100 for x in points["x"] + points["y"]) and len(set(points["x"])) > 30
     import matplotlib.axes
     scatter, seen = matplotlib.axes.Axes.scatter, []
@@ -2406,6 +2407,43 @@ def test_the_readme_and_the_tables_are_what_the_records_give(tmp_path):
     ctl.report(tmp_path / "results")
     for path in (tmp_path / "results").rglob("*.md"):
         assert path.read_bytes() == (home / path.relative_to(tmp_path)).read_bytes(), path
+
+
+def test_costs(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(ctl, "profile", functools.partial(ctl.profile, seconds=0))
+    status, out, _ = cli("--profile", "--preset", "smoke", "--threads", "1", "--json")
+    Path("results/profile").mkdir(parents=True)
+    Path("results/profile/tiny.json").write_text(out)
+    p = json.loads(out)
+    assert tuple(p["parts_ms"]) == ctl.PARTS
+    text = ctl.fill_in("a\n<!-- report: costs -->\nold\n<!-- /report -->\nb\n", tmp_path / "results")
+    lines = text.splitlines()
+    assert lines[:2] == ["a", "<!-- report: costs -->"] and lines[-2:] == ["<!-- /report -->", "b"] and len(lines) == 7
+    assert len({line.count("|") for line in lines[2:5]}) == 1
+    cells = [cell.strip() for cell in lines[4].strip("|").split("|")]
+    assert cells[0] == "[tiny](results/profile/tiny.json)" and cells[1] == "1" and cells[2] == f"{p['parts_ms']['augmentation']:.1f}"
+    assert cells[8:12] == [f"{p['step_ms']:.1f}", f"{p['network_ms']:.1f}", f"{p['step_over_network']:.3f}", f"{p['images_per_second']:.0f}"]
+    Path("results/profile/tiny.json").write_text(out.replace("step_ms", "steps"))
+    with pytest.raises(ctl.BadInput, match="tiny.json"):
+        ctl.fill_in(text, tmp_path / "results")
+
+
+def test_the_readme_points_at_the_right_lines():
+    home = Path(ctl.__file__).parent
+    code, found = (home / "ctl.py").read_text().splitlines(), re.findall(r"\[`(\w+)`\]\(ctl\.py#L(\d+)\)", (home / "README.md").read_text())
+    assert len(found) > 20
+    for name, line in found:
+        assert re.match(rf"(def|class) {name}\b", code[int(line) - 1]), (name, line)
+
+
+def test_the_readmes_python_runs(undisturbed):
+    blocks = re.findall(r"```python\n(.*?)```", (Path(ctl.__file__).parent / "README.md").read_text(), re.DOTALL)
+    names = {"images": shapes().test_images[:5]}
+    for block in blocks:
+        path = str(undisturbed / "runs" / f"{CELL}.pt")
+        exec(re.sub(r'"runs/[^"]*"', repr(path), block), names)
+    assert len(blocks) == 2 and names["loss"].isfinite() and names["h"].shape == (5, 32) and names["z"].shape == (5, 16)
+    assert ctl.load_checkpoint(Path(path))["model"]["head.bias"].equal(names["model"].head.bias)
 
 
 # ---------------------------------------------------------------------------------------------- reproduce.sh
