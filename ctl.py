@@ -18,8 +18,8 @@ Reading order, the paper's subject first and the plumbing last:
     3 Memory     the bank of all N embeddings that an image is compared with
     4 Network    ResNet-18 for 32x32 images
     5 Data       CIFAR, SVHN, a folder of images, or shapes made by code; and the augmentation
-    6 Training   the settings, one flat loop, evaluation, checkpoints
-    7 Results    the record of a run, and the table beside the paper's
+    6 Training   the settings, one flat loop, evaluation, checkpoints; what a step costs
+    7 Results    the record of a run; tables beside the paper's, verdicts on its claims, figures
     8 Command    main()
 
 Shapes are written (B, N): B images of a batch (the anchors) against all N training images.
@@ -55,6 +55,7 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -85,7 +86,7 @@ PROTOCOL_VERSION = 1  # goes up when the same command would give other results; 
 
 
 class NotFinite(ValueError):
-    """A similarity or embedding is NaN or infinite."""
+    """A similarity, an embedding or a weight is NaN or infinite."""
 
 
 def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float, k: int | None = None) -> Tensor:
@@ -94,7 +95,8 @@ def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float, k: int | 
     similarity: (B, N) floating point, s_ij in [-1, 1] (any finite values will do).
     positive: (B,) int64, the column of each anchor's own image. tau: the temperature, > 0.
     k: keep only the k nearest negatives (all where there are fewer; ties at place k as `topk` breaks them).
-    Returns (B,), in [0, log N + 2/tau] for |s| <= 1. Raises ValueError where an argument is wrong.
+    Returns (B,), in [0, log N + 2/tau] for |s| <= 1. Raises ValueError where an argument is wrong (values are looked at on
+    the CPU only).
 
     >>> s = torch.tensor([[0.9, 0.5, -0.2]])
     >>> round(contrastive_loss(s, torch.tensor([0]), tau=0.1).item(), 6)  # log(1 + e^-4 + e^-11)
@@ -135,7 +137,8 @@ def triplet_loss(similarity: Tensor, positive: Tensor) -> Tensor:
 
 
 def loss_gradient(similarity: Tensor, positive: Tensor, tau: float, k: int | None = None) -> Tensor:
-    """The gradient of `contrastive_loss` with respect to the similarities, in closed form: Eq. 4.
+    """The gradient of `contrastive_loss` with respect to the similarities, in closed form: Eq. 4. For readers and tests:
+    training takes it by autograd.
 
     Arguments and errors as in `contrastive_loss`. Returns (B, N): in [0, 1/tau] at the negatives, in [-1/tau, 0] at
     the positive, 0 at negatives that k drops. Each row sums to 0.
@@ -144,7 +147,7 @@ def loss_gradient(similarity: Tensor, positive: Tensor, tau: float, k: int | Non
     kept = _negatives(similarity, positive, k).scatter(1, positive[:, None], s_ii)  # (B, N)
     # Eq. 2: P_ij = exp(s_ij/tau) / sum_k exp(s_ik/tau), here at the negatives
     P = torch.softmax(kept / tau, dim=1).scatter(1, positive[:, None], 0.0)
-    # Eq. 4: dL/ds_ij = P_ij / tau and dL/ds_ii = -(1/tau) sum_{k != i} P_ik
+    # Eq. 4: dL/ds_ij = P_ij / tau and dL/ds_ii = -(1/tau) sum_{k != i} P_ik, which is exact where P_ii - 1 would cancel
     return P.scatter(1, positive[:, None], -P.sum(dim=1, keepdim=True)) / tau
 
 
@@ -206,7 +209,7 @@ def _describe(tensor: Tensor) -> str:
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 #
 # z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees.
-# All are exact, over all pairs, a block of rows at a time: 10,000 embeddings need less than 200 MiB.
+# All are exact. What looks at every pair goes a block of rows at a time: 10,000 embeddings need less than 200 MiB.
 
 BLOCK = 1024  # rows of a block
 
@@ -215,18 +218,18 @@ def uniformity(z: Tensor, t: float = 2.0) -> float:
     """How evenly embeddings fill the sphere: -L_uniformity of Eq. 10, over the pairs i < j.
 
     z: (n, dim) unit vectors. Returns a value in [0, 4t]: 0 if all are equal, larger = more uniform (3.94 for many
-    vectors spread evenly over the sphere in 128 dimensions, at t = 2); nan for fewer than two vectors.
-    Raises ValueError for other vectors.
+    vectors spread evenly over the sphere in 128 dimensions, at t = 2); nan for fewer than two vectors, inf where every
+    term underflows (a huge t). Raises ValueError for other vectors.
     """
     _unit_vectors(z=z)
     n, total = len(z), 0.0
+    if n < 2:
+        return math.nan
     for i in range(0, n, BLOCK):
         s = z[i:i + BLOCK] @ z[i:].T  # (b, n - i)
         # |z_i - z_j|² = 2 - 2 s_ij for unit vectors, so exp(-t |z_i - z_j|²) = exp(2t (s_ij - 1))
         total += torch.exp(2 * t * (s - 1)).triu(1).sum(dtype=torch.float64).item()
-    if n < 2:
-        return math.nan
-    # Eq. 10: L_uniformity = log E exp(-t |f(x) - f(y)|²); at a huge t all terms may underflow
+    # Eq. 10: L_uniformity = log E exp(-t |f(x) - f(y)|²)
     return -math.log(total / (n * (n - 1) / 2)) if total else math.inf
 
 
@@ -275,8 +278,8 @@ def similarity_profile(z: Tensor, bank_or_z2: Tensor, positive: Tensor, top: int
     for rows, own in zip(z.split(BLOCK), positive.split(BLOCK)):
         s = rows @ bank_or_z2.T  # (b, m)
         s_ii = _positive_similarity(s, own)
-        negatives = nearest_negatives(s, own, max(kept, 1))[0].sort(dim=1, descending=True).values
-        total += torch.cat([s_ii, negatives], dim=1)[:, :1 + kept].sum(dim=0, dtype=torch.float64).cpu()
+        negatives = nearest_negatives(s, own, kept)[0].sort(dim=1, descending=True).values  # (b, kept)
+        total += torch.cat([s_ii, negatives], dim=1).sum(dim=0, dtype=torch.float64).cpu()
     return F.pad(total / len(z), (0, top - kept), value=math.nan)
 
 
@@ -291,7 +294,7 @@ def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tenso
     classes, right = 1 + max(train_y.max().item(), test_y.max().item()), 0
     for z, y in zip(test_z.split(BLOCK), test_y.split(BLOCK)):
         s, neighbour = (z @ train_z.T).topk(min(k, len(train_z)), dim=1)  # (b, k)
-        votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], torch.exp((s - 1) / temperature))
+        votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], torch.exp((s - 1) / temperature))  # the same vote: no overflow
         right += (votes.argmax(dim=1) == y).sum().item()
     return 100 * right / len(test_y)
 
@@ -310,8 +313,8 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
     V, n, d = views.shape
     rows = views.reshape(V * n, d)
     classes = 1 + int(max(train_y.max(), test_y.max()))
-    layer = nn.utils.skip_init(nn.Linear, d, classes, device=rows.device, dtype=rows.dtype)  # draws nothing
-    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # the problem is convex: no start is better than 0
+    layer = nn.utils.skip_init(nn.Linear, d, classes, device=rows.device, dtype=rows.dtype)
+    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # a convex problem: 0 is as good a start, and needs no draw
     optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=momentum)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones), gamma)
     generator = torch.Generator().manual_seed(seed)
@@ -442,6 +445,10 @@ class Busy(Stop):
     status = 3  # another process is at work on this cell
 
 
+class Interrupted(Stop):
+    """SIGINT or SIGTERM; the status is 128 + the signal's number, as shells have it."""
+
+
 @dataclass
 class Data:
     """A dataset whole: images uint8 (n, 3, size, size), labels int64 (n,) from 0."""
@@ -511,12 +518,12 @@ def load_download(name: str, root: Path, size: int = 32) -> Data:
 def load_folder(folder: Path, size: int = 32) -> Data:
     """A folder with train/<class>/* and test/<class>/*: images of any size, resized so that the shorter side fits
     (antialiased), the middle square cut out. Classes are numbered as sorted by name, as `train` has them."""
-    from torchvision.transforms import functional
+    functional = torchvision.transforms.functional
 
     def read(path: str) -> Tensor:
         try:
             with open(path, "rb") as file:
-                image = torchvision.datasets.folder.Image.open(file).convert("RGB")
+                image = Image.open(file).convert("RGB")
             if image.size != (size, size):
                 image = functional.center_crop(functional.resize(image, size), [size, size])
             return functional.pil_to_tensor(image)
@@ -545,7 +552,10 @@ def load_folder(folder: Path, size: int = 32) -> Data:
 SHAPES = ("disk", "ring", "crescent", "square", "frame", "triangle", "star", "cross", "bar", "dots")
 
 
-def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
+SHAPES_TRAIN, SHAPES_TEST = 4000, 2000  # images
+
+
+def load_shapes(size: int = 32, train: int = SHAPES_TRAIN, test: int = SHAPES_TEST) -> Data:
     """Ten classes of shape, made by code, always the same. An image is papered with one shape, light and dark pieces in
     turn, so that a crop of it still shows which, and neither colour nor mean brightness tells. All else is nuisance:
     position, size, rotation, the colours, a texture behind, from coarse to fine, and noise."""
@@ -587,7 +597,6 @@ def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
 def depth_inside(shape: str, u: Tensor, v: Tensor) -> Tensor:
     """About how far the point (u, v) lies inside the shape's edge; below 0 outside."""
     r, box = torch.hypot(u, v), torch.maximum(u.abs(), v.abs())
-    fold = torch.atan2(v, u)
     if shape == "disk":
         return 0.85 - r
     if shape == "ring":
@@ -601,7 +610,7 @@ def depth_inside(shape: str, u: Tensor, v: Tensor) -> Tensor:
     if shape == "triangle":
         return 0.5 - torch.stack([u * math.cos(a) + v * math.sin(a) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]).amax(0)
     if shape == "star":
-        fold = (fold % (2 * math.pi / 5) - math.pi / 5).abs() / (math.pi / 5)  # 1 at a tip, 0 between two
+        fold = (torch.atan2(v, u) % (2 * math.pi / 5) - math.pi / 5).abs() / (math.pi / 5)  # 1 at a tip, 0 between two
         return 0.4 + 0.7 * fold - r
     if shape == "cross":
         return torch.maximum(torch.minimum(1 - u.abs(), 0.27 - v.abs()), torch.minimum(1 - v.abs(), 0.27 - u.abs()))
@@ -611,7 +620,8 @@ def depth_inside(shape: str, u: Tensor, v: Tensor) -> Tensor:
 
 
 def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
-    """The images in a random order in which any first part holds as many of each class as there are, to within one."""
+    """The images in a random order in which any first part holds the same number of each class, to within one, as long as
+    there are any."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     one_hot = F.one_hot(labels[shuffled])  # (n, classes)
     rank = one_hot.cumsum(0)[torch.arange(len(labels)), labels[shuffled]]  # 1 for the first of a class, 2, …
@@ -660,6 +670,7 @@ def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, fl
     height = torch.where(found, height.gather(1, first)[:, 0], size)
     top, left = (rand() * (size - height + 1)).long(), (rand() * (size - width + 1)).long()
     factor = torch.cat([0.6 + 0.8 * rand(3), -0.4 + 0.8 * rand(1)], dim=1)
+    # The order of the draws is part of the protocol: a flip is drawn also where it is not wanted.
     return Augmentation(crop=torch.stack([top, left, height, width], dim=1), flip=(rand() < 0.5) & flip,
                         order=rand(4).argsort(dim=1), factor=factor, grey=rand() < 0.2)
 
@@ -669,7 +680,7 @@ def augment(images: Tensor, parameters: Augmentation) -> Tensor:
 
     Equal to torchvision's transforms on float images; its PIL pipeline rounds to 256 levels after every step.
     """
-    if images.device.type == "cpu" and len(images) > 64:  # larger tensors cost a CPU more memory than sums
+    if images.device.type == "cpu" and len(images) > 64:  # on a CPU, parts that stay in its cache are faster
         parts = range(0, len(images), 64)
         return torch.cat([augment(images[i:i + 64], parameters[i:i + 64]) for i in parts])
     a, size = parameters, images.shape[-1]
@@ -677,7 +688,7 @@ def augment(images: Tensor, parameters: Augmentation) -> Tensor:
     rows, columns = _resize_weights(top, height, size), _resize_weights(left, width, size)
     columns = torch.where(a.flip[:, None, None], columns.flip(1), columns)
     x = rows[:, None] @ images.float().div_(255)  # (B, 3, size, size)
-    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, (3, size))
+    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, (3, size))  # one product an image: its channels share `columns`
     # Brightness, contrast and saturation are one blend, cheap; the hue is dear: it is shifted once, between the
     # blends that come before it and those that come after.
     hue_place = (a.order == HUE).int().argmax(dim=1)
@@ -721,7 +732,8 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     c = torch.where(chroma == 0, 1.0, chroma)
     hue = torch.where(value == r, (g - b).div_(c), torch.where(value == g, (b - r).div_(c).add_(2), (r - g).div_(c).add_(4)))
     hue += 6 * shift[:, None, None]  # in sixths of the circle
-    # Each channel falls from `value` to `value - chroma` and rises again, a third of the circle after the one before.
+    # HSV to RGB: channel n is V - C · max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6, and n = 5, 3, 1 for red, green,
+    # blue: each falls from V to V - C and rises again, a third of the circle after the one before.
     corner = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
     k = corner + hue[:, None]  # (B, 3, s, s)
     k -= (k / 6).floor_().mul_(6)  # k modulo 6, at a third of what % costs
@@ -729,7 +741,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     return share.mul_(chroma[:, None]).neg_().add_(value[:, None])
 
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, by the authors' code used for every dataset
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -754,8 +766,8 @@ def setting(default, help: str, source: str, type=None, choices=None, study: boo
 
 @dataclass
 class Config:
-    """The settings of one run; the defaults are the paper's protocol. Raises BadInput for a setting that is wrong or
-    that the run would ignore."""
+    """The settings of one run; the defaults are the paper's protocol. Raises BadInput for a setting that is wrong, and for
+    one that its loss would ignore."""
     loss: str = setting("contrastive", "which loss", "paper, Eqs. 1, 3, 6, 9", choices=LOSSES)
     tau: float | None = setting(None, "temperature of the losses contrastive and hard; 0.3 if not given",
                                 "paper, Table 1: 0.07, 0.3, 0.7, 1.0", float)
@@ -779,7 +791,8 @@ class Config:
     warmup: float = setting(0.0, "epochs over which the learning rate rises from 0", "our choice", float)
     bank_momentum: float = setting(0.5, "share of a bank row that an update keeps", "authors' code")
     bank_init: str = setting("random", "start of the bank: random, or embeddings of one augmented view of each image, "
-                             "after centring the head", "authors' code", choices=("random", "embeddings"))
+                             "after centring the head", "random: authors' code, but on the sphere; embeddings: our choice",
+                             choices=("random", "embeddings"))
     k: int | None = setting(None, "nearest negatives that the hard losses keep; 4095 if neither k nor alpha is given",
                             "paper, 5.2", int)
     alpha: float | None = setting(None, "the same as a share of the training images, rounded down", "paper, 5.2", float)
@@ -845,12 +858,13 @@ class Config:
             self.k = 4095
 
     def study(self) -> dict:
-        """The settings that the result depends on: what the record holds."""
+        """The settings that the result depends on: what the record holds. (On another device, precision or number of threads
+        sums are rounded otherwise: digits agree on one kind of machine; the record's `environment` says which.)"""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["study"]}
 
 
 MINI = dict(epochs=60, batch_size=64, width=16, schedule="cosine", warmup=3.0, bank_init="embeddings", alpha=0.0819,
-            subset=5000, probe_lr=0.3, eval_every=10)
+            subset=5000, probe_lr=0.3)
 PRESETS = {
     "paper": {},
     "mini": MINI,
@@ -862,16 +876,15 @@ PRESETS = {
 
 
 def make_config(preset: str = "paper", **given) -> Config:
-    """The preset's settings, but for those that are given. What the preset says of a setting that the given ones
-    rule out (alpha beside a given k, or with a loss without k; milestones are the step schedule's) falls away."""
+    """The preset's settings, but for those that are given. The preset's alpha falls away beside a given k, or with a loss
+    that has no k. Raises BadInput for milestones or gamma given beside the cosine schedule, which has none."""
     if preset not in PRESETS:
         raise BadInput(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
     filled = dict(PRESETS[preset])
     if given.get("loss", "contrastive") not in WITH_K or "k" in given:
         filled.pop("alpha", None)
-    if {**filled, **given}.get("schedule") == "cosine":
-        if "milestones" in given or "gamma" in given:
-            raise BadInput("the cosine schedule has no milestones and no gamma: leave them out, or give schedule step")
+    if {**filled, **given}.get("schedule") == "cosine" and given.keys() & {"milestones", "gamma"}:
+        raise BadInput("the cosine schedule has no milestones and no gamma: leave them out, or give schedule step")
     return Config(**{**filled, **given, "preset": preset})
 
 
@@ -880,11 +893,15 @@ def cell_path(config: Config, dataset: str) -> Path:
     the name, so that no run can stand where another belongs."""
     same = {"loss": config.loss, "seed": config.seed, "dataset": config.dataset}
     usual = make_config(config.preset, **same, **({"tau": config.tau} if config.tau else {})).study()
-    name = config.loss + (f"_tau{config.tau!r}" if config.tau else "")
+    name = cell_prefix(config.loss, config.tau)
     for field, value in config.study().items():
         if value != usual[field]:
             name += f"_{field}-{'-'.join(map(str, value)) if isinstance(value, tuple) else value}"
     return Path(config.preset) / dataset / f"{name}_seed{config.seed}"
+
+
+def cell_prefix(loss: str, tau: float | None) -> str:
+    return loss + (f"_tau{tau!r}" if tau else "")
 
 
 def learning_rate(config: Config, at: float) -> float:
@@ -911,13 +928,16 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
+CHECKPOINT_SECONDS = 60.0  # at most so much work is lost to a crash
+
+
 def train(config: Config) -> dict:
     """Train, evaluate, write the record and return it. A finished record of the same config is returned as it is; an
     unfinished run goes on from its checkpoint. Raises Stop or one of its kinds (BadInput, Busy, Interrupted)."""
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    data, folder_images = take_subset(load_dataset(config.dataset, config.data, config.size), config)
+    data, available = take_subset(load_dataset(config.dataset, config.data, config.size), config)
     config = dataclasses.replace(config, dataset=data.name)  # a folder's own name: no path in the record
     cell = cell_path(config, data.name)
     if len(cell.name) > 200:
@@ -934,7 +954,7 @@ def train(config: Config) -> dict:
             show(record, record_path)
             return record
         try:
-            return run_cell(config, data, folder_images, device, identity, record_path, checkpoint_path, signals)
+            return run_cell(config, data, available, device, identity, record_path, checkpoint_path, signals)
         except NotFinite as error:
             raise Stop(f"the loss is not finite ({error}): nothing is recorded (a good checkpoint from before, if there "
                        f"is one, stays in {checkpoint_path}); try a lower --lr or a larger --tau")
@@ -951,9 +971,10 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
     saved = find_checkpoint(config, checkpoint_path, identity)
     steps = math.ceil(N / config.batch_size)
     name = f"{config.loss}{f' tau {config.tau}' if config.tau else ''}"
+    estimate = seconds_per_step(config, min(N, config.batch_size), device, bfloat16) * steps * config.epochs
     say(f"{name}, {data.name} ({N:,} of {available:,} training images), preset {config.preset}, seed {config.seed}: "
-        f"{config.epochs} epochs, training about {duration(seconds_per_step(config, min(N, config.batch_size), device, bfloat16) * steps * config.epochs)} "
-        f"on {device}{f', threads: {torch.get_num_threads()}' if device.type == 'cpu' else ''}")
+        f"{config.epochs} epochs, training about {duration(estimate)} on {device}"
+        f"{f', threads: {torch.get_num_threads()}' if device.type == 'cpu' else ''}")
 
     if saved:
         model.load_state_dict(saved["model"])
@@ -962,7 +983,8 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
         bank.rows = saved["bank"].to(device)  # to the bit: not even normalised again
         epoch, step, losses = saved["epoch"], saved["step"], list(saved["losses"])
         history, untrained, seconds = saved["history"], saved["untrained"], saved["seconds"]
-        say(f"going on from {checkpoint_path}: epoch {epoch + 1}, step {step + 1}")
+        place = f"epoch {epoch + 1}, step {step + 1}" if epoch < config.epochs else "trained, to be evaluated"
+        say(f"going on from {checkpoint_path}: {place}")
     else:
         init: str | Tensor = "random"
         if config.bank_init == "embeddings":
@@ -981,7 +1003,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
                 "step": step, "losses": [loss.cpu() for loss in losses], "history": history, "untrained": untrained,
                 "forced": config.force, "seconds": seconds + time.perf_counter() - began})
 
-    last_saved, losses = time.perf_counter(), [torch.as_tensor(loss) for loss in losses]
+    last_saved = time.perf_counter()
     while epoch < config.epochs:
         order = torch.randperm(N, generator=generator(config.seed, "order", epoch)).split(config.batch_size)
         epoch_began, first = time.perf_counter(), step
@@ -993,7 +1015,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
                 drawn = draw_augmentation(len(index), generator(config.seed, "views", epoch, step), config.size, config.flip)
                 loss = train_step(model, bank, optimiser, images, index, drawn, config, k, bfloat16)
                 losses.append(loss)  # stays on the device: to look at it would make a GPU wait
-                step += 1
+                step += 1  # from here, and in a checkpoint, the number of steps done
                 bar.update()
                 if signals.caught or time.perf_counter() - last_saved > CHECKPOINT_SECONDS:
                     save()
@@ -1025,9 +1047,6 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
     write_whole(record_path, (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
     show(record, record_path)
     return record
-
-
-CHECKPOINT_SECONDS = 60.0  # at most so much work is lost to a crash
 
 
 PARTS = ("augmentation", "forward", "similarities and loss", "backward", "optimiser", "bank update")  # of a step
@@ -1080,10 +1099,11 @@ def in_bfloat16(config: Config, device: torch.device) -> bool:
 
 @torch.no_grad()
 def centre_head(model: ResNet18, images: Tensor, config: Config, device: torch.device, bfloat16: bool) -> Tensor:
-    """Set the head's bias so that the untrained embeddings have zero mean; return them, (N, dim), not normalised.
+    """Set the head's bias so that its untrained outputs have zero mean; return them, (N, dim), not normalised.
 
     An untrained network maps all images into one narrow cone (similarity 0.99). Losses that push all negatives alike
-    hardly leave it; from zero mean they need not. One pass over augmented views, in training mode.
+    hardly leave it; from zero mean they need not. One pass over augmented views, in training mode, so that batch
+    normalisation's running means are of images too.
     """
     outputs = []
     for step, batch in enumerate(images.split(config.batch_size)):
@@ -1146,22 +1166,6 @@ def evaluate(model: ResNet18, data: Data, config: Config, bfloat16: bool) -> dic
         "alignment": alignment(*views),
         "profile": similarity_profile(test_z, views[0], torch.arange(len(test_z), device=test_z.device)).tolist(),
     }
-
-
-FIG_2 = (("contrastive", 0.07), ("contrastive", 0.2))  # the cells whose embeddings the paper shows on a plane
-
-
-def tsne(z: Tensor, labels: Tensor) -> dict | None:
-    """Where t-SNE puts embeddings (n, dim) on a plane, for Fig. 2; None without scikit-learn or with few embeddings."""
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        return None
-    if len(z) < 10:
-        return None
-    places = TSNE(perplexity=min(30.0, len(z) / 4), random_state=0).fit_transform(z.cpu().numpy())  # (n, 2)
-    x, y = ([round(value, 1) for value in column] for column in places.T.tolist())
-    return {"x": x, "y": y, "label": labels.tolist()}
 
 
 def take_subset(data: Data, config: Config) -> tuple[Data, int]:
@@ -1274,10 +1278,6 @@ def lock(path: Path, wait: bool = False):
         yield
 
 
-class Interrupted(Stop):
-    """SIGINT or SIGTERM; the status is 128 + the signal's number, as shells have it."""
-
-
 class Signals:
     """SIGINT and SIGTERM end the run at once, or, while waiting(), when leave() is called at the end of a step."""
 
@@ -1371,8 +1371,8 @@ def profile(config: Config, seconds: float = 20.0) -> dict:
     bank = MemoryBank(N, config.dim, config.bank_momentum, "random", generator(config.seed, "bank"), device)
     index = torch.randperm(N, generator=generator(config.seed, "order", 0))[:config.batch_size]
     views = normalise(images[index.to(device)].float() / 255)
-    rounds, alone, began = [], [], math.inf
-    while len(rounds) < 7 or time.perf_counter() - began < seconds:
+    rounds, alone, warm_up, began = [], [], 2, math.inf
+    while len(rounds) < warm_up + 5 or time.perf_counter() - began < seconds:
         clock = Clock(device)
         drawn = draw_augmentation(len(index), generator(config.seed, "views", 0, len(rounds)), config.size, config.flip)
         train_step(model, bank, optimiser, images, index, drawn, config, k, bfloat16, clock.mark)
@@ -1381,8 +1381,9 @@ def profile(config: Config, seconds: float = 20.0) -> dict:
         network_alone(model, views, bfloat16)
         clock.mark("network")
         alone.append(clock.read()["network"])
-        began = time.perf_counter() if len(rounds) == 2 else began  # the first two are the warm-up
-    rounds, alone = rounds[2:], alone[2:]
+        if len(rounds) == warm_up:
+            began = time.perf_counter()
+    rounds, alone = rounds[warm_up:], alone[warm_up:]
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 2 ** 20
     else:
@@ -1393,7 +1394,7 @@ def profile(config: Config, seconds: float = 20.0) -> dict:
     product = matrix_product_gflops(device, bfloat16)
     metrics = Clock(device)
     z = F.normalize(torch.randn(10_000, config.dim, generator=generator("z")), dim=1).to(device)
-    metrics.mark("")
+    metrics.mark("")  # what was made meanwhile is not counted
     uniformity(z), tolerance(z, torch.arange(10_000, device=device) % 10)
     metrics.mark("uniformity_and_tolerance")
     h = torch.randn(2, N, 8 * config.width, generator=generator("h")).to(device)
@@ -1412,7 +1413,7 @@ def profile(config: Config, seconds: float = 20.0) -> dict:
         "matrix_product_gflops": product, "peak_memory_mib": memory,
         "batched_images_per_second": batched, "pil_images_per_second": pil, "pil_over_batched": batched / pil,
         "uniformity_and_tolerance_of_10000_ms": metrics.read()["uniformity_and_tolerance"],
-        "probe_seconds": metrics.read()["probe_epoch"] / 10,  # of 100 epochs
+        "probe_seconds": metrics.read()["probe_epoch"] / 1000 * 100,  # of 100 epochs
     }
 
 
@@ -1475,7 +1476,7 @@ def show_profile(p: dict) -> None:
 # │ 7  RESULTS                                                                 paper, section 5, Table 1 │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-# The paper's Table 1: (loss, tau) -> linear accuracy in percent, uniformity, tolerance
+# The paper's Table 1, without ImageNet-100 (ResNet-50): (loss, tau) -> linear accuracy in percent, uniformity, tolerance
 PAPER = {
     "cifar10": {
         ("contrastive", 0.07): (79.75, 3.86, 0.04), ("contrastive", 0.3): (83.27, 3.60, 0.178),
@@ -1572,20 +1573,21 @@ def report(results: Path, preset: str | None = None) -> None:
         raise BadInput(f"no records of {'preset ' + preset if preset else 'any preset'} in {results}: run some first")
     tables: dict[str, str] = {}
     claims: dict[str, str] = {}
-    for key, rows in groups.items():
-        title = "preset {}, dataset {}, protocol version {}".format(*key)
-        say(f"\n{title}\n\n{table(rows, results / key[0])}\n\n{claims_table(rows)}")
-        tables[key[0]] = tables.get(key[0], "") + f"\n## {title}\n\n{table(rows, results / key[0])}\n\n{caption(rows)}\n"
-        claims[key[0]] = claims.get(key[0], "") + f"\n## {title}\n\n{claims_table(rows)}\n"
-        draw(rows, results / key[0], key[1], key[2])
+    for (name, dataset, version), rows in groups.items():
+        title = f"preset {name}, dataset {dataset}, protocol version {version}"
+        say(f"\n{title}\n\n{table(rows, results / name)}\n\n{claims_table(rows)}")
+        tables[name] = tables.get(name, "") + f"\n## {title}\n\n{table(rows, results / name)}\n\n{caption(rows)}\n"
+        claims[name] = claims.get(name, "") + f"\n## {title}\n\n{claims_table(rows)}\n"
+        draw(rows, results / name, dataset, version)
     for name in tables:
         write_whole(results / name / "TABLE.md", f"# Table 1, preset {name}: ours beside the paper's\n{tables[name]}".encode())
         write_whole(results / name / "CLAIMS.md", f"# The paper's claims, preset {name}\n{claims[name]}\n{NEEDS}".encode())
     readme = Path(__file__).with_name("README.md")
     if readme.exists() and results.resolve() == readme.with_name("results").resolve():
-        text = readme.read_text()
-        if fill_in(text, results) != text:
-            write_whole(readme, fill_in(text, results).encode())
+        before = readme.read_text()
+        after = fill_in(before, results)
+        if after != before:
+            write_whole(readme, after.encode())
 
 
 def read_groups(results: Path, preset: str | None = None) -> dict[tuple, Rows]:
@@ -1594,7 +1596,8 @@ def read_groups(results: Path, preset: str | None = None) -> dict[tuple, Rows]:
     for path in sorted(results.glob(f"{preset or '*'}/*/*.json")):
         record = read_record(path)
         config = record["config"]
-        departs = path.stem.removeprefix(cell_prefix(config)).removesuffix(f"_seed{config['seed']}").strip("_")
+        # Which settings depart from the preset is in the file's name, see cell_path.
+        departs = path.stem.removeprefix(cell_prefix(config["loss"], config["tau"])).removesuffix(f"_seed{config['seed']}").strip("_")
         group = groups.setdefault((config["preset"], config["dataset"], record["protocol_version"]),
                                   {(loss, tau, ""): [] for loss, tau in CELLS})  # a cell without a record is shown as missing
         group.setdefault((config["loss"], config["tau"], departs), []).append((path, record))
@@ -1630,15 +1633,15 @@ def caption(rows: Rows) -> str:
     """The protocol of a table, from its records."""
     records = [record for runs in rows.values() for _, record in runs]
     c = records[0]["config"]
-    versions = sorted({record["environment"]["torch"] for record in records})
+    machines = sorted({"torch {torch}, {precision}, {device}".format(**record["environment"]) for record in records})
     return (f"{records[0]['data']['train']:,} training images, {c['epochs']} epochs, batch {c['batch_size']}, ResNet-18 of width {c['width']}, "
             f"SGD lr {c['lr']}, {c['schedule']} schedule, bank from {c['bank_init']}; linear probe lr {c['probe_lr']}, accuracy after its last "
-            f"epoch; mean ± standard deviation (seeds). torch {', '.join(versions)}.")
+            f"epoch; mean ± standard deviation (seeds). Run with {'; '.join(machines)}.")
 
 
-# The verdicts. What each needs stands here, not to be moved as results come in. A claim's effect is computed for each seed that
-# has all the cells it needs; above 0 speaks for the claim. With the 95 % interval of its mean over the seeds (Student's t):
-# confirmed where the interval lies above 0, refuted where it lies below, else undecided. One seed never confirms or refutes.
+# The verdicts. What each needs stands here, not to be moved as results come in. Where the paper gives no number for its words,
+# these do: "competitive" is at most 1 point of accuracy worse, "much worse" is more than 2 (the authors' one repeated setting
+# has a standard deviation of 0.30); "flat", and "nothing useful", are at most a quarter of the ordinary loss's range or gain.
 
 NEEDS = """Each effect is computed for every seed that has all cells it needs; above 0 speaks for the claim. Confirmed: the 95 % interval
 (Student's t over the seeds) lies above 0; refuted: below 0; else undecided. One seed decides nothing. τ is 0.07, 0.3, 0.7, 1.0; the
@@ -1676,7 +1679,7 @@ def flatness(cells: dict) -> float:
     return flat if best(cells, "hard") > best(cells) else min(flat, 0.0)
 
 
-def profile_opens(cells: dict) -> float:
+def gap_narrows(cells: dict) -> float:
     positive, nearest = ([profile[place] for profile in over_tau(cells, "profile")] for place in (0, 1))
     return min(smallest_rise([n - p for p, n in zip(positive, nearest)]), smallest_rise(positive))
 
@@ -1691,18 +1694,18 @@ CLAIMS = [  # (claim, its effect, in words; the effect of one seed, from (loss, 
      lambda c: smallest_rise([-u for u in over_tau(c, "uniformity")])),
     ("C2", "ordinary loss: tolerance grows with τ", "the smallest rise from one τ to the next",
      lambda c: smallest_rise(over_tau(c, "tolerance"))),
-    ("C3", "ordinary loss: accuracy against τ is a reverse U", "accuracy at the better of τ = 0.3 and 0.7, less that at the better end",
-     reverse_u),
+    ("C3", "ordinary loss: accuracy against τ is a reverse U",
+     "accuracy at τ = 0.3 or 0.7 (by the held-out labels), less that at the better end (0.07 or 1, by the test images)", reverse_u),
     ("C4", "the simple loss is much worse than the ordinary loss at its best τ", "accuracy lost, less 2 points",
      lambda c: accuracy_at_best(c) - c["simple", None]["accuracy"] - 2),
     ("C5", "hard simple is competitive with the ordinary loss at its best τ", "accuracy gained, plus 1 point",
      lambda c: c["hard-simple", None]["accuracy"] - accuracy_at_best(c) + 1),
     ("C6", "hard loss: more uniform than the ordinary loss at the same τ", "the smallest gain in uniformity over the τ",
      lambda c: min(h - o for h, o in zip(over_tau(c, "uniformity", "hard"), over_tau(c, "uniformity")))),
-    ("C7", "hard loss: uniformity almost flat in τ, best τ larger", "a quarter of the ordinary loss's range of uniformity over τ, less "
-     "the hard loss's; 0 at most where its best τ is not larger", flatness),
+    ("C7", "hard loss: uniformity almost flat in τ, best τ larger than the ordinary loss's",
+     "a quarter of the ordinary loss's range of uniformity over τ, less the hard loss's; 0 at most where its best τ is not larger", flatness),
     ("C8", "as τ falls the gap from the positive to the nearest negative widens; as τ grows the positive nears 1",
-     "the smallest step of the gap, or of the positive's similarity, from one τ to the next", profile_opens),
+     "the smallest step from one τ to the next, of the gap's narrowing and of the positive's similarity", gap_narrows),
     ("C9", "the τ→0 loss learns nothing useful", "a quarter of the ordinary loss's gain in accuracy over the untrained network, less the "
      "triplet loss's gain", uselessness),
     ("M", "ours, not the paper's: C3 holds also where the step does not grow as 1/τ", "as C3, of the loss times τ (`--match-step`)",
@@ -1740,33 +1743,60 @@ def claims_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+FIG_2 = (("contrastive", 0.07), ("contrastive", 0.2))  # the cells whose embeddings the paper shows on a plane
+
+
+def tsne(z: Tensor, labels: Tensor) -> dict | None:
+    """Where t-SNE puts embeddings (n, dim) on a plane, for Fig. 2; None without scikit-learn or with few embeddings."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        return None
+    if len(z) < 10:
+        return None
+    places = TSNE(perplexity=min(30.0, len(z) / 4), random_state=0).fit_transform(z.cpu().numpy())  # (n, 2)
+    x, y = ([round(value, 1) for value in column] for column in places.T.tolist())
+    return {"x": x, "y": y, "label": labels.tolist()}
+
+
 COLOURS = {"contrastive": "#0072b2", "hard": "#d55e00", "match_step": "#009e73"}  # Okabe and Ito: told apart by all readers
 
 
 def draw(rows: Rows, folder: Path, dataset: str, version: int) -> None:
-    """Figs. 4-7 and 9 in three panels, Fig. 8 in one a tau, Figs. 2 and 3, as SVG and PNG."""
+    """The paper's Figs. 2 to 9 from the records, as SVG and PNG."""
     import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "ctl", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
 
-    def save(figure, name: str) -> None:
+    figures = {f"{dataset}-v{version}-dilemma": draw_dilemma(pyplot, rows, dataset), f"{dataset}-v{version}-profile": draw_profiles(pyplot, rows),
+               f"{dataset}-v{version}-tsne": draw_planes(pyplot, rows), "penalty": draw_penalty(pyplot)}
+    if not figures[f"{dataset}-v{version}-tsne"]:
+        say(f"Fig. 2 is skipped: {dataset} has no record with t-SNE (contrastive, tau 0.07 or 0.2, run where scikit-learn is installed)")
+    for name, figure in figures.items():
+        if not figure:
+            continue
         figure.tight_layout()
         for kind in ("svg", "png"):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
             write_whole(folder / f"{name}.{kind}", buffer.getvalue())
-        pyplot.close(figure)
+    pyplot.close("all")
 
-    def series(loss: str, departs: str = "") -> list[tuple]:
-        return [(tau, [record["final"] for _, record in runs]) for (name, tau, what), runs in rows.items()
-                if name == loss and what == departs and runs]
 
+def finals(rows: Rows, loss: str, departs: str = "") -> list[tuple]:
+    """(tau, the final metrics of each seed), for each tau that has a record."""
+    return [(tau, [record["final"] for _, record in runs]) for (name, tau, what), runs in rows.items()
+            if name == loss and what == departs and runs]
+
+
+def draw_dilemma(pyplot, rows: Rows, dataset: str):
+    """Figs. 4 and 6, 5 and 7, 9: uniformity, tolerance and accuracy against tau."""
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
     for axis, key, place in zip(axes, ("uniformity", "tolerance", "accuracy"), (1, 2, 0)):
         for loss, departs, colour in (("contrastive", "", "contrastive"), ("hard", "", "hard"),
                                       ("contrastive", "match_step-True", "match_step")):
-            points = [(tau, [f[key] for f in finals if f[key] is not None]) for tau, finals in series(loss, departs)]
+            points = [(tau, [f[key] for f in seeds if f[key] is not None]) for tau, seeds in finals(rows, loss, departs)]
             points = [(tau, values) for tau, values in points if values]
             if points:
                 axis.errorbar([tau for tau, _ in points], [statistics.mean(values) for _, values in points],
@@ -1779,40 +1809,51 @@ def draw(rows: Rows, folder: Path, dataset: str, version: int) -> None:
         axis.set(xlabel="temperature τ", title={"accuracy": "linear accuracy, %"}.get(key, key))
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=8)
-    save(figure, f"{dataset}-v{version}-dilemma")
+    return figure
 
-    panels = series("contrastive")
-    if panels:
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(3 * len(panels), 3.2), sharey=True, squeeze=False)
-        for axis, (tau, finals) in zip(axes[0], panels):
-            profiles = [final["profile"] for final in finals if None not in final["profile"]]
-            if profiles:
-                axis.bar(["pos", *(f"n{place}" for place in range(1, len(profiles[0])))], [statistics.mean(values) for values in zip(*profiles)],
-                         color=["#d55e00"] + ["#0072b2"] * (len(profiles[0]) - 1))
-            axis.tick_params(axis="x", rotation=90)
-            axis.set(title=f"τ = {tau}", ylim=(0, 1))
-        axes[0][0].set_ylabel("mean similarity")
-        save(figure, f"{dataset}-v{version}-profile")
 
-    planes = [(tau, record["tsne"]) for loss, tau in FIG_2 for _, record in rows.get((loss, tau, ""), [])[:1] if record.get("tsne")]
-    if planes:
-        figure, axes = pyplot.subplots(1, len(planes), figsize=(5 * len(planes), 4.6), squeeze=False)
-        for axis, (tau, points) in zip(axes[0], planes):
-            for label in sorted(set(points["label"])):  # five colours, then the next marker: told apart without the hue
-                x, y = ([value for value, own in zip(points[key], points["label"]) if own == label] for key in "xy")
-                axis.scatter(x, y, s=9, color=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")[label % 5], marker="ox^s+"[label // 5 % 5])
-            axis.set(title=f"τ = {tau}", xticks=[], yticks=[])
-        save(figure, f"{dataset}-v{version}-tsne")
-    else:
-        say(f"Fig. 2 is skipped: {dataset} has no record with t-SNE (contrastive, tau 0.07 or 0.2, run where scikit-learn is installed)")
+def draw_profiles(pyplot, rows: Rows):
+    """Fig. 8: the mean similarity of the positive and of the ten nearest negatives, a panel for each tau."""
+    panels = [(tau, [f["profile"] for f in seeds if None not in f["profile"]]) for tau, seeds in finals(rows, "contrastive")]
+    panels = [(tau, profiles) for tau, profiles in panels if profiles]
+    if not panels:
+        return None
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3 * len(panels), 3.2), sharey=True, squeeze=False)
+    for axis, (tau, profiles) in zip(axes[0], panels):
+        negatives = len(profiles[0]) - 1
+        axis.bar(["pos", *(f"n{place}" for place in range(1, 1 + negatives))], [statistics.mean(values) for values in zip(*profiles)],
+                 color=["#d55e00"] + ["#0072b2"] * negatives)
+        axis.tick_params(axis="x", rotation=90)
+        axis.set(title=f"τ = {tau}", ylim=(0, 1))
+    axes[0][0].set_ylabel("mean similarity")
+    return figure
 
+
+def draw_planes(pyplot, rows: Rows):
+    """Fig. 2: t-SNE of embeddings at a small and a larger tau, of the first seed that has it."""
+    planes = [(tau, next((record["tsne"] for _, record in rows.get((loss, tau, ""), []) if record.get("tsne")), None)) for loss, tau in FIG_2]
+    planes = [(tau, points) for tau, points in planes if points]
+    if not planes:
+        return None
+    figure, axes = pyplot.subplots(1, len(planes), figsize=(5 * len(planes), 4.6), squeeze=False)
+    for axis, (tau, points) in zip(axes[0], planes):
+        for label in sorted(set(points["label"])):  # five colours, then the next marker: told apart without the hue
+            x, y = ([value for value, own in zip(points[key], points["label"]) if own == label] for key in "xy")
+            axis.scatter(x, y, s=9, color=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")[label % 5], marker="ox^s+"[label // 5 % 5])
+        axis.set(title=f"τ = {tau}", xticks=[], yticks=[])
+    return figure
+
+
+def draw_penalty(pyplot):
+    """Fig. 3: Eq. 5 of negatives drawn evenly from [-1, 1]."""
     figure, axis = pyplot.subplots(figsize=(5, 3.4))
     s = torch.rand(1, 200, generator=generator("figure 3"), dtype=torch.float64).sort(dim=1).values * 2 - 1
     for tau, line, colour in zip(TAUS, ("-", "--", "-.", ":"), (*COLOURS.values(), "#cc79a7")):
-        axis.plot(s[0, 1:], relative_penalty(s, torch.tensor([0]), tau)[0, 1:], line, color=colour, label=f"τ = {tau}")
+        r = relative_penalty(s, torch.tensor([0]), tau)  # the first is the positive
+        axis.plot(s[0, 1:], r[0, 1:], line, color=colour, label=f"τ = {tau}")
     axis.set(xlabel="similarity of the negative", ylabel="relative penalty r", yscale="log", ylim=(1e-6, 1))
     axis.legend()
-    save(figure, "penalty")
+    return figure
 
 
 def costs(folder: Path, home: Path) -> str:
@@ -1845,10 +1886,6 @@ def fill_in(text: str, results: Path) -> str:
                  for (_, name, version), rows in read_groups(results, preset).items() if name == dataset and version == PROTOCOL_VERSION]
         return opening + "\n\n".join(parts or ["No records yet."]) + "\n" + closing
     return MARKER.sub(anew, text)
-
-
-def cell_prefix(config: dict) -> str:
-    return config["loss"] + (f"_tau{config['tau']!r}" if config["tau"] else "")
 
 
 def duration(seconds: float) -> str:
@@ -1891,7 +1928,7 @@ def make_parser() -> Parser:
         if field.name == "milestones":
             options |= dict(nargs="*", metavar="EPOCH")
         groups[meta["study"]].add_argument("--" + field.name.replace("_", "-"), **options)
-    parser.add_argument("--report", action="store_true", help="write tables, figures and verdicts from the records in --results, print them, and stop")
+    parser.add_argument("--report", action="store_true", help="from the records in --results: write tables, figures and verdicts, and stop")
     parser.add_argument("--profile", action="store_true", help="time a training step of these settings, part by part, and stop")
     parser.add_argument("--json", action="store_true", help="with --profile: JSON on standard output, all else on standard error")
     return parser
@@ -1927,10 +1964,8 @@ def main(argv: list[str] | None = None) -> int:
         complaint, status = f"the loss is not finite: {error}", 1
     except KeyboardInterrupt:
         complaint, status = "interrupted before anything was done", 130
-    except torch.OutOfMemoryError as error:
-        complaint, status = f"out of memory: {str(error).splitlines()[0]}", 1
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # a CPU has no error of its own for that
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # a GPU's, a CPU's
             raise
         complaint, status = f"out of memory: {str(error).splitlines()[0]}", 1
     except OSError as error:
@@ -1958,7 +1993,7 @@ def fall_back(config: Config, given: dict) -> Config:
         return config
     except BadInput as error:
         say(f"NOTICE: {error}.\nNOTICE: no --dataset was named, so this run uses 'shapes', made by code, NOT CIFAR-10.")
-        there = {"subset": 4000, "test_subset": 2000}  # the preset's numbers may be more than there are; given ones may not
+        there = {"subset": SHAPES_TRAIN, "test_subset": SHAPES_TEST}  # the preset's numbers may be more than there are; given ones may not
         return dataclasses.replace(config, dataset="shapes", **{
             field: min(getattr(config, field), n) for field, n in there.items() if getattr(config, field) and field not in given})
 

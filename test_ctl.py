@@ -2164,7 +2164,7 @@ def put_record(loss, tau, seed, final, folder="results", version=ctl.PROTOCOL_VE
     given = {"loss": loss, "seed": seed, "dataset": dataset, **departs} | ({"tau": tau} if tau else {})
     config = ctl.make_config("mini", **given)
     record = ctl.plain({"config": config.study(), "protocol_version": version, "history": [], "timing": {}, "final": final,
-                        "data": {"sha256": "0", "train": 5000, "test": 10}, "environment": {"torch": "2"}})
+                        "data": {"sha256": "0", "train": 5000, "test": 10}, "environment": {"torch": "2", "precision": "float32", "device": "cpu"}})
     record["sha256"] = ctl.record_sha256(record)
     path = Path(folder, f"{ctl.cell_path(config, dataset)}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
