@@ -1188,6 +1188,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # so that events are timed there
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise BadInput(f"device {name!r} can't be used: {str(error).splitlines()[0]}")
     return device

@@ -12,7 +12,7 @@
 #   --jobs N            runs at once      [a CPU: one a core, one thread each; GPUs: --per-gpu times their number]
 #   --per-gpu N         runs at once on each GPU              [3]
 #   --results DIR       where records are or go               [results]
-#   --dry-run           print the plan and each command, run nothing
+#   --dry-run           print the plan and each command, train nothing
 #   -- …                all that follows goes to ctl.py, for example  -- --match-step
 # As a Slurm array, each task takes its share of the cells:  sbatch --array=0-7 --gres=gpu:1 reproduce.sh
 # The first call makes .venv beside this file (PYTHON names the interpreter; 3.10 or later).
@@ -65,16 +65,19 @@ share() {
         'NR % count == task % count'
 }
 
-# One cell: a line number (from 1) and its arguments. A failing one doesn't stop the others.
+# Before each cell a line that says where it runs. On a CPU with one thread: two runs at once get more images through than one
+# run with two (results/SPEED.md).
+place() { awk -v gpus="$gpus" '{ print (gpus > 0 ? "--device cuda:" NR % gpus : "--device cpu --threads 1"); print }'; }
+
+# One cell: where it runs, and its arguments. A failing one doesn't stop the others.
 run_cell() {
     local log="$logs/$(tr -cs 'a-zA-Z0-9.-' _ <<< "$2$more").log" status=0
-    if [ "$gpus" -gt 0 ]; then export CUDA_VISIBLE_DEVICES=$(($1 % gpus)); fi
     # shellcheck disable=SC2086
-    .venv/bin/python ctl.py --preset "$preset" --results "$results" $where $2 $more > "$log" 2>&1 || status=$?
+    .venv/bin/python ctl.py --preset "$preset" --results "$results" $1 $2 $more > "$log" 2>&1 || status=$?
     case "$status" in
         0) echo "done    $2" ;;
         3) echo "busy    $2 (another process is at work on it)" ;;
-        *) echo "FAILED  $2 (status $status)"; echo "$2|$log" >> "$logs/failed.$$.txt"; return 1 ;;
+        *) echo "FAILED  $2 (status $status)"; echo "$2|$log" >> "$failed"; return 1 ;;
     esac
 }
 
@@ -86,8 +89,6 @@ table() {
         if [ "$preset" = mini ]; then echo "There is no GPU: this runs the mini preset (5,000 images, 60 epochs), not the paper's protocol."; fi
     fi
     if [ -z "$jobs" ]; then jobs=$([ "$gpus" -gt 0 ] && echo $((gpus * per_gpu)) || getconf _NPROCESSORS_ONLN); fi
-    # One thread each: two runs at once get more images through than one run with two threads (results/SPEED.md).
-    where=$([ "$gpus" -gt 0 ] && echo "--device cuda" || echo "--device cpu --threads 1")
     if [ -z "$datasets" ]; then
         for dataset in cifar10 cifar100 svhn; do
             if [ -n "$dry" ] || .venv/bin/python -c '
@@ -103,18 +104,18 @@ except ctl.Stop as error: sys.exit("left out: " + str(error))' "$dataset"; then 
     echo "plan: $((count)) cells of preset $preset on$(printf ' %s' $datasets), $seeds seed(s), $jobs at once on $([ "$gpus" -gt 0 ] && echo "$gpus GPU(s)" || echo "the CPU");" \
         "estimate: $(awk "BEGIN { printf \"%.1f\", $count * $hours / ($jobs < $count ? $jobs : $count + ($count == 0)) }") hours, less what is done already"
     if [ -n "$dry" ]; then
-        cells | share | sed "s|^|.venv/bin/python ctl.py --preset $preset --results $results $where |; s|\$|$more|"
+        cells | share | place | paste -d ' ' - - | sed "s|^|.venv/bin/python ctl.py --preset $preset --results $results |; s|\$|$more|"
         return 0
     fi
-    logs="runs/logs"
+    logs="runs/logs" failed="runs/logs/failed-${SLURM_ARRAY_TASK_ID:-0}.txt"
     mkdir -p "$logs"
     export -f run_cell
-    export preset results where more gpus logs
-    rm -f "$logs"/failed.*.txt
-    cells | share | awk '{ print NR; print }' | tr '\n' '\0' | xargs -0 -n 2 -P "$jobs" bash -c 'set -uo pipefail; run_cell "$1" "$2"' cell || status=1
+    export preset results more logs failed
+    rm -f "$failed"
+    cells | share | place | tr '\n' '\0' | xargs -0 -n 2 -P "$jobs" bash -c 'set -uo pipefail; run_cell "$1" "$2"' cell || status=1
     .venv/bin/python ctl.py --report --results "$results" --preset "$preset" || status=1
-    if compgen -G "$logs/failed.*.txt" > /dev/null; then
-        cat "$logs"/failed.*.txt | while IFS='|' read -r cell log; do printf '\nFAILED %s, the end of %s:\n' "$cell" "$log"; tail -n 5 "$log"; done >&2
+    if [ -e "$failed" ]; then
+        while IFS='|' read -r cell log; do printf '\nFAILED %s, the end of %s:\n' "$cell" "$log"; tail -n 5 "$log"; done < "$failed" >&2
     fi
     return "$status"
 }

@@ -2497,6 +2497,21 @@ def test_the_plan(house):
         assert sorted(itertools.chain(*shares)) == sorted(whole) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_gpus_are_shared_out(house, monkeypatch):
+    """With a Python that claims two GPUs, and notes what it is asked to run."""
+    python = house / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *device_count*) echo 2 ;; *"--report"*|"-c "*) ;; *) echo "$*" >> {house}/asked.txt ;; esac\n')
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    status, out, _ = reproduce("--dry-run", "--datasets", "svhn", "--seeds", "1")
+    plan = commands(out)
+    assert status == 0 and "10 cells of preset paper on svhn" in out and "6 at once on 2 GPU(s)" in out and "no GPU" not in out
+    assert [line.count("--device cuda:1 ") for line in plan] == [1, 0] * 5 and sum("--device cuda:0 " in line for line in plan) == 5
+    assert not any("--threads" in line for line in plan) and not (house / "asked.txt").exists()
+    status, out, err = reproduce("--datasets", "svhn", "--seeds", "1", "--per-gpu", "1")
+    assert status == 0 and err == "" and "2 at once on 2 GPU(s)" in out
+    assert sorted((house / "asked.txt").read_text().splitlines()) == sorted(line.removeprefix(".venv/bin/python ") for line in plan)
+
+
 def test_slurm_runs_a_copy_of_the_script(house, tmp_path_factory):
     copy_ = tmp_path_factory.mktemp("spool") / "slurm_script"
     shutil.copy("reproduce.sh", copy_)
