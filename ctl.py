@@ -1506,9 +1506,14 @@ CELLS = list(PAPER["cifar10"])  # the ten rows of Table 1 for a dataset
 TABULATED = ("accuracy", "uniformity", "tolerance")
 
 
+def dataset_of_the_paper(dataset: str) -> dict | None:
+    """Its rows of Table 1; a folder called cifar10-… is put beside CIFAR-10."""
+    return PAPER.get(dataset.split("-")[0])
+
+
 def paper_values(dataset: str, loss: str, tau: float | None) -> tuple | None:
-    """The paper's (accuracy, uniformity, tolerance) of a cell; a folder called cifar10-… is put beside CIFAR-10."""
-    return PAPER.get(dataset.split("-")[0], {}).get((loss, tau))
+    """The paper's (accuracy, uniformity, tolerance) of a cell."""
+    return (dataset_of_the_paper(dataset) or {}).get((loss, tau))
 
 
 def plain(value):
@@ -1793,22 +1798,24 @@ def finals(rows: Rows, loss: str, departs: str = "") -> list[tuple]:
 
 
 def draw_dilemma(pyplot, rows: Rows, dataset: str):
-    """Figs. 4 and 6, 5 and 7, 9: uniformity, tolerance and accuracy against tau."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
-    for axis, key, place in zip(axes, ("uniformity", "tolerance", "accuracy"), (1, 2, 0)):
+    """Figs. 4 and 6, 5 and 7, 9: uniformity, tolerance and accuracy against tau, the paper's dashed. Accuracies of a small
+    preset lie far below the paper's, so these have a panel of their own."""
+    panels = [("uniformity", 1, "both"), ("tolerance", 2, "both"), ("linear accuracy, %", 0, "ours"), ("linear accuracy, %", 0, "paper")]
+    panels = panels if dataset_of_the_paper(dataset) else panels[:3]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6))
+    for axis, (title, place, whose) in zip(axes, panels):
         for loss, departs, colour in (("contrastive", "", "contrastive"), ("hard", "", "hard"),
                                       ("contrastive", "match_step-True", "match_step")):
-            points = [(tau, [f[key] for f in seeds if f[key] is not None]) for tau, seeds in finals(rows, loss, departs)]
+            points = [(tau, [f[TABULATED[place]] for f in seeds if f[TABULATED[place]] is not None]) for tau, seeds in finals(rows, loss, departs)]
             points = [(tau, values) for tau, values in points if values]
-            if points:
+            if points and whose != "paper":
                 axis.errorbar([tau for tau, _ in points], [statistics.mean(values) for _, values in points],
                               [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points], marker="o", capsize=3,
                               color=COLOURS[colour], label=f"{loss}{', loss times τ' if departs else ''}, ours")
-            paper = [(tau, paper_values(dataset, loss, tau)) for tau in TAUS]
-            if not departs and paper[0][1]:
-                axis.plot(TAUS, [values[place] for _, values in paper], "--", marker="s", markersize=4, alpha=0.7,
+            if dataset_of_the_paper(dataset) and not departs and whose != "ours":
+                axis.plot(TAUS, [paper_values(dataset, loss, tau)[place] for tau in TAUS], "--", marker="s", markersize=4, alpha=0.7,
                           color=COLOURS[colour], label=f"{loss}, paper")
-        axis.set(xlabel="temperature τ", title={"accuracy": "linear accuracy, %"}.get(key, key))
+        axis.set(xlabel="temperature τ", title=title if whose == "both" else f"{title}, {whose}")
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=8)
     return figure

@@ -2322,12 +2322,12 @@ def test_figures_show_the_records(cli, monkeypatch):
     put_record("contrastive", 0.3, 0, {**cells["contrastive", 0.3], "uniformity": 9.0}, match_step=True)
     status, out, _ = cli("--report")
     assert status == 0 and "Fig. 2 is skipped" in out and "scatter" not in drawn
-    for key, title, place in ((1, "uniformity", 1), (2, "tolerance", 2), (3, "linear accuracy, %", 0)):
+    for key, title, place in ((1, "uniformity", 1), (2, "tolerance", 2), (3, "linear accuracy, %, ours", 0)):
         ours = [args for args, axis in drawn["errorbar"] if axis.get_title() == title]
         same = [(x, y, e) for x, y, e in ours if y == pytest.approx([key * tau + 0.5 for tau in ctl.TAUS])]  # two seeds, 1 apart
         assert len(same) == 2 and all(x == list(ctl.TAUS) and e == pytest.approx([0.5 ** 0.5] * 4) for x, _, e in same)
         assert len(ours) == 3 and (title != "uniformity" or ours[2][1] == [9.0])
-        theirs = [args[1] for args, axis in drawn["plot"] if axis.get_title() == title]
+        theirs = [args[1] for args, axis in drawn["plot"] if axis.get_title() == title.replace("ours", "paper")]
         assert theirs == [[ctl.PAPER["cifar10"][loss, tau][place] for tau in ctl.TAUS] for loss in ("contrastive", "hard")]
     assert [args[1][0] for args, _ in drawn["bar"]] == pytest.approx([tau + 0.5 for tau in ctl.TAUS])
     assert drawn["bar"][0][0][0] == ["pos"] + [f"n{n}" for n in range(1, 11)] and drawn["bar"][0][0][1][10] == pytest.approx(0.09)
