@@ -523,7 +523,10 @@ def load_folder(folder: Path, size: int = 32) -> Data:
     def read(path: str) -> Tensor:
         try:
             with open(path, "rb") as file:
-                image = Image.open(file).convert("RGB")
+                image = Image.open(file)
+                if image.mode[0] in "IF":
+                    raise ValueError("it has more than 8 bits a channel")
+                image = image.convert("RGB")
             if image.size != (size, size):
                 image = functional.center_crop(functional.resize(image, size), [size, size])
             return functional.pil_to_tensor(image)
@@ -545,6 +548,8 @@ def load_folder(folder: Path, size: int = 32) -> Data:
         tensors.append(torch.stack([read(path) for path, _ in files.samples]))
         tensors.append(torch.tensor([classes[files.classes[label]] for _, label in files.samples]))
     name = folder.resolve().name
+    if not name.isprintable() or not 0 < len(name.encode()) <= 100 or set(name) & set("|<>[]()`"):
+        raise BadInput(f"{name!a}, the folder's name, stands in tables and file names: rename it, or name a link to it")
     # A folder that is called like a dataset must not stand where the dataset's own records stand.
     return Data(f"{name}-folder" if name in (*DOWNLOADS, "shapes") else name, *tensors)
 
@@ -552,10 +557,7 @@ def load_folder(folder: Path, size: int = 32) -> Data:
 SHAPES = ("disk", "ring", "crescent", "square", "frame", "triangle", "star", "cross", "bar", "dots")
 
 
-SHAPES_TRAIN, SHAPES_TEST = 4000, 2000  # images
-
-
-def load_shapes(size: int = 32, train: int = SHAPES_TRAIN, test: int = SHAPES_TEST) -> Data:
+def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
     """Ten classes of shape, made by code, always the same. An image is papered with one shape, light and dark pieces in
     turn, so that a crop of it still shows which, and neither colour nor mean brightness tells. All else is nuisance:
     position, size, rotation, the colours, a texture behind, from coarse to fine, and noise."""
@@ -796,7 +798,8 @@ class Config:
     k: int | None = setting(None, "nearest negatives that the hard losses keep; 4095 if neither k nor alpha is given",
                             "paper, 5.2", int)
     alpha: float | None = setting(None, "the same as a share of the training images, rounded down", "paper, 5.2", float)
-    subset: int | None = setting(None, "train on that many images, of each class as many (the same for every seed)",
+    subset: int | None = setting(None, "train on that many images, of each class as many (the same for every seed); a preset's own "
+                                 "number means: at most",
                                  "our choice", int)
     test_subset: int | None = setting(None, "test on that many images, of each class as many", "our choice", int)
     flip: bool = setting(True, "horizontal flips in pretraining (evaluation has them always)", "paper, 5.1; the authors' code has none")
@@ -843,7 +846,7 @@ class Config:
         need(self.tau is None or self.tau >= 1e-30, f"tau must be at least 1e-30, not {self.tau}")
         need(self.threads is None or self.threads <= 1024, f"threads must be at most 1024, not {self.threads}")
         need(self.batch_size > 1, "batch_size must be at least 2: batch normalisation compares images")
-        need(self.size >= 16 and self.size % 8 == 0, f"size must be a multiple of 8, at least 16, not {self.size}")
+        need(16 <= self.size <= 1024 and self.size % 8 == 0, f"size must be a multiple of 8, from 16 to 1024, not {self.size}")
         need(self.dataset != "", "dataset must not be empty")
         # What would be ignored is refused.
         need(self.tau is None or self.loss in WITH_TAU, f"the {self.loss} loss has no temperature: leave out tau")
@@ -1171,8 +1174,8 @@ def evaluate(model: ResNet18, data: Data, config: Config, bfloat16: bool) -> dic
 def take_subset(data: Data, config: Config) -> tuple[Data, int]:
     """The images that the config asks for, and how many training images there were."""
     available = {"subset": len(data.train_labels), "test_subset": len(data.test_labels)}
-    for field, there in available.items():
-        if (getattr(config, field) or 0) > there:
+    for field, there in available.items():  # the preset's own number means: at most
+        if (getattr(config, field) or 0) > there and getattr(config, field) != PRESETS[config.preset].get(field):
             raise BadInput(f"{field} {getattr(config, field)} is more than the {there} images that {data.name} has")
     train = balanced_order(data.train_labels)[:config.subset]
     test = balanced_order(data.test_labels)[:config.test_subset]
@@ -1203,7 +1206,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    if path.exists():
+    if whole_checkpoint(path):  # a damaged one must not take the place of a good one
         os.replace(path, path.with_suffix(".previous"))
     write_whole(path, hashlib.sha256(content).digest() + content)
 
@@ -1213,15 +1216,21 @@ def load_checkpoint(path: Path, identity: dict | None = None) -> dict | None:
     for candidate in (path, path.with_suffix(".previous")):
         if not candidate.exists():
             continue
-        content = candidate.read_bytes()
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
+        content = whole_checkpoint(candidate)
+        if not content:
             say(f"the checkpoint {candidate} is damaged: it is not used")
             continue
-        state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if identity:
             refuse_other(candidate, state, identity)
         return state
     return None
+
+
+def whole_checkpoint(path: Path) -> bytes | None:
+    """What torch.save wrote; None where there is no such file, or its checksum does not fit."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
 
 
 def find_checkpoint(config: Config, path: Path, identity: dict) -> dict | None:
@@ -1281,14 +1290,18 @@ def lock(path: Path, wait: bool = False):
 
 
 class Signals:
-    """SIGINT and SIGTERM end the run at once, or, while waiting(), when leave() is called at the end of a step."""
+    """SIGINT, SIGTERM and SIGHUP (unless it is ignored, as under nohup) end the run at once, or, while waiting(), when
+    leave() is called at the end of a step."""
 
     def __init__(self):
         self.caught, self.wait, self.before = 0, False, {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
@@ -1533,15 +1546,35 @@ def record_sha256(record: dict) -> str:
 
 
 def read_record(path: Path) -> dict:
-    """A record that is whole. Raises BadInput for one that is broken or was edited."""
+    """A record that is whole. Raises BadInput for one that is broken or was edited, or that this code can't make sense of."""
     try:
-        record = json.loads(path.read_text())
-        whole = record["sha256"] == record_sha256(record) and {"config", "final", "history", "data"} <= record.keys()
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        whole = record["sha256"] == record_sha256(record)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         whole = False
     if not whole:
         raise BadInput(f"{path} is broken or was edited: its sha256 does not fit; remove it, or run with --force")
+    try:
+        sane = makes_sense(record)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
+        sane = False
+    if not sane:
+        raise BadInput(f"{path} is no record of this program, or of one too different: move it away")
     return record
+
+
+def makes_sense(record: dict) -> bool:
+    """Whether what a report takes from a record is there, and of the right kind. May raise instead."""
+    config, final, tsne_ = record["config"], record["final"], record.get("tsne")
+    numbers = [*(final[key] for key in (*TABULATED, "accuracy_heldout")), *final["profile"], final["untrained"]["accuracy"]]
+    return (all(value is None or type(value) in (int, float) and abs(value) < 1e6 for value in numbers) and len(final["profile"]) == 11
+            and config["loss"] in LOSSES and (config["tau"] is None or type(config["tau"]) is float)
+            and all(type(value) is str for value in (config["preset"], config["dataset"], record["data"]["sha256"]))
+            and all(type(value) is int and abs(value) < 2 ** 31 for value in (record["protocol_version"], config["seed"], record["data"]["train"]))
+            and {"epochs", "batch_size", "width", "lr", "schedule", "bank_init", "probe_lr"} <= config.keys()
+            and {"torch", "precision", "device"} <= record["environment"].keys() and isinstance(record["history"], list)
+            and (tsne_ is None or len(tsne_["x"]) == len(tsne_["y"]) == len(tsne_["label"])
+                 and all(type(value) in (int, float) for key in ("x", "y", "label") for value in tsne_[key])))
 
 
 def environment(device: torch.device, bfloat16: bool) -> dict:
@@ -1574,41 +1607,53 @@ Rows = dict  # (loss, tau, what departs from the preset) -> [(path, record) of e
 
 def report(results: Path, preset: str | None = None) -> None:
     """From the records alone: print the tables, and write, for each preset, TABLE.md, CLAIMS.md and the figures; the parts
-    of the README between markers too. Raises BadInput where there is no record, or one that is broken or was edited."""
+    of the README between markers too. Raises BadInput, and writes nothing, where there is no record, or one that is broken,
+    was edited, or stands where it does not belong."""
     groups = read_groups(results, preset)
     if not groups:
         raise BadInput(f"no records of {'preset ' + preset if preset else 'any preset'} in {results}: run some first")
-    tables: dict[str, str] = {}
-    claims: dict[str, str] = {}
+    text: dict[Path, str] = {}
+    files: dict[Path, bytes] = {}
     for (name, dataset, version), rows in groups.items():
         title = f"preset {name}, dataset {dataset}, protocol version {version}"
         say(f"\n{title}\n\n{table(rows, results / name)}\n\n{claims_table(rows)}")
-        tables[name] = tables.get(name, "") + f"\n## {title}\n\n{table(rows, results / name)}\n\n{caption(rows)}\n"
-        claims[name] = claims.get(name, "") + f"\n## {title}\n\n{claims_table(rows)}\n"
-        draw(rows, results / name, dataset, version)
-    for name in tables:
-        write_whole(results / name / "TABLE.md", f"# Table 1, preset {name}: ours beside the paper's\n{tables[name]}".encode())
-        write_whole(results / name / "CLAIMS.md", f"# The paper's claims, preset {name}\n{claims[name]}\n{NEEDS}".encode())
+        tables, claims = results / name / "TABLE.md", results / name / "CLAIMS.md"
+        text.setdefault(tables, f"# Table 1, preset {name}: ours beside the paper's\n")
+        text.setdefault(claims, f"# The paper's claims, preset {name}\n\n{NEEDS}")
+        text[tables] += f"\n## {title}\n\n{table(rows, results / name)}\n\n{caption(rows)}\n"
+        text[claims] += f"\n## {title}\n\n{claims_table(rows)}\n"
+        files |= {results / name / file: content for file, content in draw(rows, dataset, version).items()}
     readme = Path(__file__).with_name("README.md")
-    if readme.exists() and results.resolve() == readme.with_name("results").resolve():
-        before = readme.read_text()
-        after = fill_in(before, results)
-        if after != before:
-            write_whole(readme, after.encode())
+    own = readme.with_name("results")
+    if readme.exists() and results.resolve() == own.resolve():
+        text[readme] = fill_in(readme.read_text(encoding="utf-8"), own)
+    for path, content in (files | {path: words.encode() for path, words in text.items()}).items():
+        if not path.exists() or path.read_bytes() != content:
+            write_whole(path, content)
 
 
 def read_groups(results: Path, preset: str | None = None) -> dict[tuple, Rows]:
-    """(preset, dataset, protocol version) -> rows. What differs in one of the three is never averaged."""
+    """(preset, dataset, protocol version) -> rows. What differs in one of the three is never averaged; nor are runs on other
+    images, for which BadInput is raised."""
     groups: dict[tuple, Rows] = {}
+    images: dict[tuple, tuple] = {}
     for path in sorted(results.glob(f"{preset or '*'}/*/*.json")):
         record = read_record(path)
         config = record["config"]
+        key = config["preset"], config["dataset"], record["protocol_version"]
         # Which settings depart from the preset is in the file's name, see cell_path.
         departs = path.stem.removeprefix(cell_prefix(config["loss"], config["tau"])).removesuffix(f"_seed{config['seed']}").strip("_")
-        group = groups.setdefault((config["preset"], config["dataset"], record["protocol_version"]),
-                                  {(loss, tau, ""): [] for loss, tau in CELLS})  # a cell without a record is shown as missing
+        if path.parts[-3:-1] != key[:2] or key[2] == PROTOCOL_VERSION and path.stem != cell_path(Config(**config), key[1]).name:
+            raise BadInput(f"{path} holds a record of another cell, or is a copy: move it away")
+        sha256, first = images.setdefault((key, departs), (record["data"]["sha256"], path))
+        if sha256 != record["data"]["sha256"]:
+            raise BadInput(f"{path} was run on other images than {first}: move one of them away, or rename its dataset's folder")
+        group = groups.setdefault(key, {(loss, tau, ""): [] for loss, tau in CELLS})  # a cell without a record is shown as missing
         group.setdefault((config["loss"], config["tau"], departs), []).append((path, record))
     order = {loss: place for place, loss in enumerate(("contrastive", "simple", "hard", "hard-simple", "triplet"))}
+    for rows in groups.values():
+        for runs in rows.values():
+            runs.sort(key=lambda run: run[1]["config"]["seed"])
     return {key: dict(sorted(rows.items(), key=lambda row: (row[0][2], order[row[0][0]], row[0][1] or 0)))
             for key, rows in groups.items()}
 
@@ -1624,7 +1669,7 @@ def table(rows: Rows, folder: Path) -> str:
         for place, key in enumerate(TABULATED):
             values = [record["final"][key] for _, record in runs if record["final"][key] is not None]
             cells += [mean_sd(values, 2 if key == "accuracy" else 3), str(paper[place]) if paper else "–"]
-        links = [f"[{record['config']['seed']}]({path.relative_to(folder).as_posix()})" for path, record in runs]
+        links = [f"[{record['config']['seed']}]({path.relative_to(folder).as_posix().replace(' ', '%20')})" for path, record in runs]
         lines.append("| " + " | ".join([*cells, " ".join(links) or "missing"]) + " |")
     return "\n".join(lines)
 
@@ -1740,13 +1785,13 @@ def claims_table(rows: Rows) -> str:
             seeds.setdefault(record["config"]["seed"], {})[name, tau] = record["final"]
     lines = ["| | claim | verdict | effect (95 % interval) | of each seed | what the effect is |", "|---|---|---|---|---|---|"]
     for name, claim, words, effect in CLAIMS:
-        effects = []
-        for cells in seeds.values():
+        effects = {}
+        for seed, cells in sorted(seeds.items()):
             with contextlib.suppress(KeyError, TypeError):  # a cell, or a metric of it, is missing
-                effects.append(effect(cells))
-        decided, mean, half = verdict(effects)
+                effects[seed] = effect(cells)
+        decided, mean, half = verdict(list(effects.values()))
         shown = "–" if mean is None else f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else "")
-        lines.append(f"| {name} | {claim} | **{decided}** | {shown} | {', '.join(f'{e:.3f}' for e in effects) or '–'} | {words} |")
+        lines.append(f"| {name} | {claim} | **{decided}** | {shown} | {', '.join(f'{seed}: {value:.3f}' for seed, value in effects.items()) or '–'} | {words} |")
     return "\n".join(lines)
 
 
@@ -1754,14 +1799,18 @@ FIG_2 = (("contrastive", 0.07), ("contrastive", 0.2))  # the cells whose embeddi
 
 
 def tsne(z: Tensor, labels: Tensor) -> dict | None:
-    """Where t-SNE puts embeddings (n, dim) on a plane, for Fig. 2; None without scikit-learn or with few embeddings."""
+    """Where t-SNE puts embeddings (n, dim) on a plane, for Fig. 2; None, and a line that says why, where it can't."""
     try:
         from sklearn.manifold import TSNE
-    except ImportError:
+        from threadpoolctl import threadpool_limits  # scikit-learn needs it too
+        with threadpool_limits(1):  # another number of threads gives another picture
+            # From a random start: the one by PCA crashes on embeddings that are all equal.
+            places = TSNE(perplexity=min(30.0, len(z) / 4), init="random", random_state=0).fit_transform(z.cpu().numpy())  # (n, 2)
+    except Stop:
+        raise
+    except Exception as error:  # a picture must not cost a run its record
+        say(f"no t-SNE for Fig. 2: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         return None
-    if len(z) < 10:
-        return None
-    places = TSNE(perplexity=min(30.0, len(z) / 4), random_state=0).fit_transform(z.cpu().numpy())  # (n, 2)
     x, y = ([round(value, 1) for value in column] for column in places.T.tolist())
     return {"x": x, "y": y, "label": labels.tolist()}
 
@@ -1769,10 +1818,12 @@ def tsne(z: Tensor, labels: Tensor) -> dict | None:
 COLOURS = {"contrastive": "#0072b2", "hard": "#d55e00", "match_step": "#009e73"}  # Okabe and Ito: told apart by all readers
 
 
-def draw(rows: Rows, folder: Path, dataset: str, version: int) -> None:
-    """The paper's Figs. 2 to 9 from the records, as SVG and PNG."""
+def draw(rows: Rows, dataset: str, version: int) -> dict[str, bytes]:
+    """The paper's Figs. 2 to 9 from the records, as SVG and PNG: file name -> content."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not be there
     import matplotlib
     matplotlib.use("Agg")
+    matplotlib.rcdefaults()  # nor does a user's matplotlibrc matter
     matplotlib.rcParams.update({"svg.hashsalt": "ctl", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
 
@@ -1780,6 +1831,7 @@ def draw(rows: Rows, folder: Path, dataset: str, version: int) -> None:
                f"{dataset}-v{version}-tsne": draw_planes(pyplot, rows), "penalty": draw_penalty(pyplot)}
     if not figures[f"{dataset}-v{version}-tsne"]:
         say(f"Fig. 2 is skipped: {dataset} has no record with t-SNE (contrastive, tau 0.07 or 0.2, run where scikit-learn is installed)")
+    files = {}
     for name, figure in figures.items():
         if not figure:
             continue
@@ -1787,8 +1839,9 @@ def draw(rows: Rows, folder: Path, dataset: str, version: int) -> None:
         for kind in ("svg", "png"):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            write_whole(folder / f"{name}.{kind}", buffer.getvalue())
+            files[f"{name}.{kind}"] = buffer.getvalue()
     pyplot.close("all")
+    return files
 
 
 def finals(rows: Rows, loss: str, departs: str = "") -> list[tuple]:
@@ -1871,22 +1924,22 @@ def costs(folder: Path, home: Path) -> str:
     lines.append("|---" * (len(PARTS) + 8) + "|")
     for path in sorted(folder.glob("*.json")):
         try:
-            p = json.loads(path.read_text())
+            p = json.loads(path.read_text(encoding="utf-8"))
             numbers = [*(f"{p['parts_ms'][part]:.1f}" for part in PARTS), f"{p['step_ms']:.1f}", f"{p['network_ms']:.1f}",
                        f"{p['step_over_network']:.3f}", f"{p['images_per_second']:.0f}", f"{p['peak_memory_mib']:.0f}",
                        duration(3600 * p["training_hours"])]
             lines.append(f"| [{path.stem}]({path.relative_to(home).as_posix()}) | {p['environment']['threads']} | {' | '.join(numbers)} |")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, OSError):
             raise BadInput(f"{path} is not what --profile --json prints")
     return "\n".join(lines)
 
 
-MARKER = re.compile(r"(<!-- report: (?:(\S+) (\S+) (table|claims)|costs) -->\n).*?(<!-- /report -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- report: (?:(\S+) (\S+) (table|claims)|costs) -->\n)(?:(?!<!-- report:).)*?(<!-- /report -->)", re.DOTALL)
 
 
 def fill_in(text: str, results: Path) -> str:
     """A README's text, made anew between `<!-- report: PRESET DATASET table|claims -->`, or `<!-- report: costs -->`, and
-    `<!-- /report -->`."""
+    `<!-- /report -->`, and in links to a line of this file, [`name`](ctl.py#L1). Raises BadInput for a broken marker."""
     def anew(match: re.Match) -> str:
         opening, preset, dataset, what, closing = match.groups()
         if not what:
@@ -1894,7 +1947,15 @@ def fill_in(text: str, results: Path) -> str:
         parts = [(table(rows, results.parent) if what == "table" else claims_table(rows))
                  for (_, name, version), rows in read_groups(results, preset).items() if name == dataset and version == PROTOCOL_VERSION]
         return opening + "\n\n".join(parts or ["No records yet."]) + "\n" + closing
-    return MARKER.sub(anew, text)
+    def link(match: re.Match) -> str:
+        return f"[`{match[1]}`](ctl.py#L{lines[match[1]]})" if match[1] in lines else match[0]
+
+    code = Path(__file__).read_text(encoding="utf-8").splitlines()
+    lines = {found[1]: number for number, line in enumerate(code, start=1) if (found := re.match(r"(?:def|class) (\w+)", line))}
+    made, parts = MARKER.subn(anew, re.sub(r"\[`(\w+)`\]\(ctl\.py#L\d+\)", link, text))
+    if not text.count("<!-- report: ") == text.count("<!-- /report -->") == parts:
+        raise BadInput("the README has a `<!-- report: … -->` that is misspelt, or has no `<!-- /report -->`: mend it")
+    return made
 
 
 def duration(seconds: float) -> str:
@@ -1904,8 +1965,11 @@ def duration(seconds: float) -> str:
 
 
 def say(line: str) -> None:
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads on, and the work goes on
+        sys.stdout = open(os.devnull, "w")
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -1921,7 +1985,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """The flags are Config's fields, with their help: the paper's protocol as a table."""
     parser = Parser(prog="ctl.py", allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
-                    description=__doc__.split("Reading order")[0].strip())
+                    description=(__doc__ or "").split("Reading order")[0].strip())
     groups = {True: parser.add_argument_group("the study: meaning; value in each preset; source"),
               False: parser.add_argument_group("where it runs")}
     for field in dataclasses.fields(Config):
@@ -1946,6 +2010,11 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong use or bad input, 3 another process is at
     work on the cell, 130 interrupted, 143 terminated."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # where a terminal has no τ
     try:
         given = vars(make_parser().parse_args(argv))
         reporting, profiling, as_json = (given.pop(mode) for mode in ("report", "profile", "json"))
@@ -1972,7 +2041,7 @@ def main(argv: list[str] | None = None) -> int:
     except NotFinite as error:
         complaint, status = f"the loss is not finite: {error}", 1
     except KeyboardInterrupt:
-        complaint, status = "interrupted before anything was done", 130
+        complaint, status = "interrupted", 130
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # a GPU's, a CPU's
             raise
@@ -1990,10 +2059,10 @@ def settle(given: dict) -> Config:
         say(f"no preset given: {given['preset']}" + (" (there is no CUDA GPU; --preset paper runs the paper's protocol)"
                                                      if given["preset"] == "mini" else ""))
     config = make_config(**given)
-    return config if "dataset" in given or "dataset" in PRESETS[config.preset] else fall_back(config, given)
+    return config if "dataset" in given or "dataset" in PRESETS[config.preset] else fall_back(config)
 
 
-def fall_back(config: Config, given: dict) -> Config:
+def fall_back(config: Config) -> Config:
     """CIFAR-10 where it is there or can be downloaded, else shapes, with a notice."""
     if config.size != 32:
         raise BadInput("CIFAR-10 has images of 32x32: leave --size at 32, or name another --dataset")
@@ -2002,9 +2071,7 @@ def fall_back(config: Config, given: dict) -> Config:
         return config
     except BadInput as error:
         say(f"NOTICE: {error}.\nNOTICE: no --dataset was named, so this run uses 'shapes', made by code, NOT CIFAR-10.")
-        there = {"subset": SHAPES_TRAIN, "test_subset": SHAPES_TEST}  # the preset's numbers may be more than there are; given ones may not
-        return dataclasses.replace(config, dataset="shapes", **{
-            field: min(getattr(config, field), n) for field, n in there.items() if getattr(config, field) and field not in given})
+        return dataclasses.replace(config, dataset="shapes")
 
 
 if __name__ == "__main__":

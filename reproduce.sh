@@ -16,9 +16,11 @@
 #   -- …                all that follows goes to ctl.py, for example  -- --match-step
 # As a Slurm array, each task takes its share of the cells:  sbatch --array=0-7 --gres=gpu:1 reproduce.sh
 # The first call makes .venv beside this file (PYTHON names the interpreter; 3.10 or later).
-set -euo pipefail
+set -euf -o pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ ! -e ctl.py ] && [ -n "${SLURM_SUBMIT_DIR:-}" ]; then cd "$SLURM_SUBMIT_DIR"; fi # Slurm runs a copy of this file
+if [ ! -e ctl.py ]; then echo "reproduce.sh: ctl.py is not beside it: run it from where it belongs" >&2; exit 2; fi
 # glibc keeps freed memory: a step takes 6 to 18 % less time (results/SPEED.md); results don't change.
 export MALLOC_TOP_PAD_=134217728 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
@@ -30,7 +32,7 @@ set_up() {
     mkdir -p runs
     exec 9> runs/.set-up.lock # tasks that start together set up one after the other
     if command -v flock > /dev/null; then flock 9; fi
-    if ! .venv/bin/python -c '' 2>/dev/null; then
+    if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
         "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
             stop "$base is not Python 3.10 or later: name one with PYTHON=…"
         "$base" -m venv --clear .venv
@@ -71,9 +73,10 @@ place() { awk -v gpus="$gpus" '{ print (gpus > 0 ? "--device cuda:" NR % gpus : 
 
 # One cell: where it runs, and its arguments. A failing one doesn't stop the others.
 run_cell() {
-    local log="$logs/$(tr -cs 'a-zA-Z0-9.-' _ <<< "$2$more").log" status=0
+    local log="$logs/$(tr -cs 'a-zA-Z0-9.-' _ <<< "$2$more").log" status=0 extra
+    eval "extra=($more)" # quoted by printf %q below
     # shellcheck disable=SC2086
-    .venv/bin/python ctl.py --preset "$preset" --results "$results" $1 $2 $more > "$log" 2>&1 || status=$?
+    .venv/bin/python ctl.py --preset "$preset" --results "$results" $1 $2 ${extra[@]+"${extra[@]}"} > "$log" 2>&1 || status=$?
     case "$status" in
         0) echo "done    $2" ;;
         3) echo "busy    $2 (another process is at work on it)" ;;
@@ -103,8 +106,11 @@ except ctl.Stop as error: sys.exit("left out: " + str(error))' "$dataset"; then 
     case "$preset" in paper) hours=0.15 ;; mini) hours=0.25 ;; quick) hours=0.03 ;; *) hours=0.003 ;; esac
     echo "plan: $((count)) cells of preset $preset on$(printf ' %s' $datasets), $seeds seed(s), $jobs at once on $([ "$gpus" -gt 0 ] && echo "$gpus GPU(s)" || echo "the CPU");" \
         "estimate: $(awk "BEGIN { printf \"%.1f\", $count * $hours / ($jobs < $count ? $jobs : $count + ($count == 0)) }") hours, less what is done already"
+    if [ "$count" -eq 0 ]; then return 0; fi # an array of more tasks than cells
     if [ -n "$dry" ]; then
-        cells | share | place | paste -d ' ' - - | sed "s|^|.venv/bin/python ctl.py --preset $preset --results $results |; s|\$|$more|"
+        cells | share | place | paste -d ' ' - - | while IFS= read -r line; do
+            printf '.venv/bin/python ctl.py --preset %s --results %q %s%s\n' "$preset" "$results" "$line" "$more"
+        done
         return 0
     fi
     logs="runs/logs" failed="runs/logs/failed-${SLURM_ARRAY_TASK_ID:-0}.txt"
@@ -130,9 +136,9 @@ while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help) usage; exit 0 ;;
         --dry-run) dry=yes; shift; continue ;;
-        --) shift; more=" $*"; break ;;
+        --) shift; [ $# -eq 0 ] || more=$(printf ' %q' "$@"); break ;;
         --preset | --datasets | --losses | --taus | --seeds | --jobs | --per-gpu | --results)
-            [ $# -ge 2 ] && [ -n "$2" ] || stop "$1 wants a value (--help lists the options)"
+            [ $# -ge 2 ] && [ -n "${2// /}" ] || stop "$1 wants a value (--help lists the options)"
             name="${1#--}"; printf -v "${name//-/_}" %s "$2"; shift 2 ;;
         *) stop "unknown: $1 (--help lists the options)" ;;
     esac

@@ -1413,6 +1413,35 @@ def spoil_is_a_file(root):
     return "train"
 
 
+def spoil_16_bit(root):
+    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(root / "test/a/deep.png")
+    return "8 bits"
+
+
+def spoil_float(root):
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(root / "train/a/deep.tiff")
+    return "8 bits"
+
+
+@pytest.mark.parametrize("name", ["a|b", "tab\tle", "\udcff", "x" * 101, "[link]"])
+def test_names_of_folders_that_tables_cannot_hold(name, tmp_path, cli):
+    root = make_folder(tmp_path / name, each=1)
+    status, out, err = cli("--preset", "smoke", "--dataset", root)
+    assert status == 2 and err.count("\n") == 1 and "rename it" in err and not Path("results").exists()
+    (tmp_path / "fine name").symlink_to(root)
+    assert cli("--preset", "smoke", "--dataset", tmp_path / "fine name")[0] == 2  # the folder's own name counts
+
+
+def test_a_presets_own_number_of_images_means_at_most(tmp_path):
+    data = ctl.load_folder(make_folder(tmp_path / "few"))
+    config = ctl.make_config("quick", dataset="few", size=32)
+    kept, available = ctl.take_subset(data, config)
+    assert len(kept.train_labels) == 12 == available and len(kept.test_labels) == 12
+    assert str(ctl.cell_path(config, "few")).endswith("few/contrastive_tau0.3_size-32_seed0")
+    with pytest.raises(ctl.BadInput, match="12 images"):
+        ctl.take_subset(data, ctl.make_config("quick", dataset="few", size=32, subset=13))
+
+
 @pytest.mark.parametrize("spoil", [v for k, v in list(globals().items()) if k.startswith("spoil_")])
 def test_bad_folder(spoil, tmp_path, cli):
     root = make_folder(tmp_path / "pets")
@@ -1755,6 +1784,34 @@ def test_interrupted_run_goes_on_exactly(at, undisturbed, cli, monkeypatch):
     assert status == 0, err
     assert "going on from" in out
     assert outside(record_of()) == outside(record_of(undisturbed))
+
+
+def test_hung_up(undisturbed, cli, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+        kill_at(m, 4, number=signal.SIGHUP)
+        status, _, err = cli(*SMOKE)
+    assert status == 129 and "SIGHUP" in err and err.count("\n") == 1
+    kill_at(monkeypatch)
+    assert "going on from" in cli(*SMOKE)[1] and outside(record_of()) == outside(record_of(undisturbed))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        shutil.rmtree("results"), shutil.rmtree("runs")
+        kill_at(monkeypatch, 4, number=signal.SIGHUP)
+        assert cli(*SMOKE)[0] == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_good_one(tmp_path):
+    path = tmp_path / "x.pt"
+    ctl.save_checkpoint(path, {"step": 1})
+    ctl.save_checkpoint(path, {"step": 2})
+    path.write_bytes(path.read_bytes()[:-1])
+    ctl.save_checkpoint(path, {"step": 3})
+    assert ctl.load_checkpoint(path) == {"step": 3}
+    path.unlink()
+    assert ctl.load_checkpoint(path) == {"step": 1}
 
 
 def test_interrupted_many_times(undisturbed, cli, monkeypatch):
@@ -2302,7 +2359,7 @@ def test_claims_take_no_run_that_departs_from_the_preset():
 def test_claims_show_each_seed():
     line = ctl.claims_table({("contrastive", tau, ""): [(Path("x"), {"config": {"seed": seed}, "final": {"uniformity": (4 - seed) * (2 - tau)}})
                                                         for seed in (0, 1)] for tau in ctl.TAUS}).splitlines()[2]
-    assert "| 0.805 ± 1.461 | 0.920, 0.690 |" in line  # 4 · 0.23 and 3 · 0.23; 12.706 · 0.1626 / sqrt 2
+    assert "| 0.805 ± 1.461 | 0: 0.920, 1: 0.690 |" in line  # 4 · 0.23 and 3 · 0.23; 12.706 · 0.1626 / sqrt 2
 
 
 def test_figures_show_the_records(cli, monkeypatch):
@@ -2340,8 +2397,8 @@ def test_figures_show_the_records(cli, monkeypatch):
 class Plane:
     """In the place of scikit-learn's TSNE."""
 
-    def __init__(self, perplexity, random_state):
-        assert 0 < perplexity <= 30 and random_state == 0
+    def __init__(self, perplexity, init, random_state):
+        assert 0 < perplexity <= 30 and init == "random" and random_state == 0
 
     def fit_transform(self, z):
         assert np.allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
@@ -2382,7 +2439,24 @@ def test_tsne_keeps_neighbours_together():
     assert points == ctl.tsne(z, labels) and points["label"] == labels.tolist()
     xy = torch.tensor([points["x"], points["y"]]).T
     nearest = torch.cdist(xy, xy).fill_diagonal_(math.inf).argmin(dim=1)
-    assert (labels[nearest] == labels).all() and ctl.tsne(z[:9], labels[:9]) is None
+    assert (labels[nearest] == labels).all()
+    same = ctl.tsne(F.normalize(torch.ones(40, 16), dim=1), labels[:40])  # as a collapsed network has them
+    assert all(math.isfinite(v) for v in same["x"] + same["y"])
+    torch.set_num_threads(2)
+    assert points == ctl.tsne(z, labels)
+
+
+@pytest.mark.parametrize("error", [ValueError("n_components=2 must be\nless"), ImportError("numpy"), AttributeError()])
+def test_a_picture_that_fails_costs_no_record(error, cli, monkeypatch):
+    def fail(**_):
+        raise error
+    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", types.SimpleNamespace(TSNE=fail))
+    status, out, err = cli("--preset", "smoke", "--tau", "0.2", "--threads", "1")
+    assert status == 0 and err == "" and "no t-SNE for Fig. 2" in out and record_of()["tsne"] is None
+    error = ctl.Interrupted("SIGTERM")
+    with pytest.raises(ctl.Interrupted):
+        ctl.tsne(torch.eye(20), torch.arange(20))
 
 
 def test_report_never_averages_versions(cli):
@@ -2429,6 +2503,136 @@ def test_costs(cli, monkeypatch, tmp_path):
     Path("results/profile/tiny.json").write_text(out.replace("step_ms", "steps"))
     with pytest.raises(ctl.BadInput, match="tiny.json"):
         ctl.fill_in(text, tmp_path / "results")
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder that is the project's own, as far as the report knows, with one record."""
+    (tmp_path / "ctl.py").write_text("# one\ndef main():\n    pass\n")
+    monkeypatch.setattr(ctl, "__file__", str(tmp_path / "ctl.py"))
+    put_record("simple", None, 0, as_the_paper_has_it(0)["simple", None])
+    return tmp_path
+
+
+README = "a\n<!-- report: mini cifar10 table -->\n<!-- /report -->\nb [`main`](ctl.py#L77) [`other`](ctl.py#L3)\n<!-- report: mini cifar10 claims -->\nstale\n<!-- /report -->\n"
+
+
+def test_the_readme_is_filled_whatever_the_folder_is_called(own, cli, monkeypatch):
+    (own / "README.md").write_text(README)
+    assert cli("--report")[0] == 0
+    filled = (own / "README.md").read_text()
+    assert "(results/mini/cifar10/simple_seed0.json)" in filled and "[`main`](ctl.py#L2) [`other`](ctl.py#L3)" in filled and "stale" not in filled
+    (own / "link").symlink_to(own / "results")
+    for folder, name in (("results", "."), ("results/mini", ".."), (".", "link")):
+        (own / "README.md").write_text(README)
+        monkeypatch.chdir(own / folder)
+        assert cli("--report", "--results", name)[0] == 0 and (own / "README.md").read_text() == filled
+
+
+@pytest.mark.parametrize("old,new", [("<!-- /report -->\nb", "b"), ("<!-- report: mini cifar10 table -->", "<!-- report: mini table -->"),
+                                     ("<!-- /report -->\nb", "<!-- / report -->\nb")])
+def test_a_broken_marker_costs_no_text(old, new, own, cli):
+    text = README.replace(old, new)
+    (own / "README.md").write_text(text)
+    status, _, err = cli("--report")
+    assert status == 2 and err.count("\n") == 1 and (own / "README.md").read_text() == text and not Path("results/mini/TABLE.md").exists()
+
+
+def test_a_report_is_written_whole_or_not_at_all(own, cli):
+    (own / "README.md").write_text("<!-- report: costs -->\n<!-- /report -->\n")
+    for broken in ("", "[" * 10_000, "{}", '{"parts_ms": 3}'):
+        Path("results/profile").mkdir(exist_ok=True)
+        Path("results/profile/x.json").write_text(broken)
+        status, _, err = cli("--report")
+        assert status == 2 and "x.json" in err and err.count("\n") == 1 and not list(Path("results").rglob("*.md")) + list(Path("results").rglob("*.svg"))
+
+
+def test_records_that_stand_where_they_do_not_belong(cli):
+    path = put_record("simple", None, 0, as_the_paper_has_it(0)["simple", None])
+    for other in ("results/mini/backup/simple_seed0.json", "results/quick/cifar10/simple_seed0.json", "results/mini/cifar10/simple_seed1.json",
+                  "results/mini/cifar10/simple_seed0 (copy).json", "results/mini/cifar10/simple_lr-0.5_seed0.json", "results/mini/cifar10/hard-simple_seed0.json"):
+        Path(other).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, other)
+        status, _, err = cli("--report")
+        assert status == 2 and err.count("\n") == 1 and other in err and not Path("results/mini/TABLE.md").exists()
+        Path(other).unlink()
+    assert cli("--report")[0] == 0
+
+
+def change(record, keys, value):
+    *path, last = keys
+    for key in path:
+        record = record[key]
+    if value is change:
+        del record[last]
+    else:
+        record[last] = value
+
+
+WRONG = [None, change, [], "x", 3, 1e308, 10 ** 400, True, {}, {"x": [1], "y": []}]
+PLACES = [("config",), ("final",), ("data",), ("environment",), ("protocol_version",), ("history",), ("tsne",), ("config", "loss"), ("config", "tau"), ("config", "preset"),
+          ("config", "seed"), ("config", "width"), ("config", "dataset"), ("final", "accuracy"), ("final", "uniformity"), ("final", "profile"), ("final", "untrained"),
+          ("final", "accuracy_heldout"), ("data", "sha256"), ("data", "train"), ("environment", "torch"), ("environment", "precision")]
+
+
+def test_records_of_nonsense_are_refused_in_one_line(cli):
+    """With a sum that fits, as another program or version could leave them. What makes sense nonetheless is reported."""
+    path = put_record("contrastive", 0.07, 0, as_the_paper_has_it(0)["contrastive", 0.07])
+    good, refused = path.read_text(), 0
+    for keys, value in itertools.product(PLACES, WRONG):
+        record = json.loads(good)
+        try:
+            change(record, keys, value)
+        except KeyError:
+            continue
+        record["sha256"] = ctl.record_sha256(record)
+        path.write_text(json.dumps(record))
+        try:
+            ctl.read_groups(Path("results"))
+        except ctl.BadInput as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:  # then it can be reported
+            status, _, err = cli("--report")
+            assert status == 0 and err == "", (keys, value, err)
+    assert refused > 150
+    path.write_text("[" * 100_000)
+    assert cli("--report")[0] == 2
+
+
+def test_runs_on_other_images_are_not_averaged(cli):
+    final = as_the_paper_has_it(0)["simple", None]
+    put_record("simple", None, 0, final)
+    path = put_record("simple", None, 1, final)
+    record = json.loads(path.read_text())
+    record["data"]["sha256"] = "1"
+    record["sha256"] = ctl.record_sha256(record)
+    path.write_text(json.dumps(record))
+    status, _, err = cli("--report")
+    assert status == 2 and str(path) in err and "other images" in err and err.count("\n") == 1
+
+
+def test_a_strange_environment(house):
+    """A notebook's backend, a user's matplotlibrc, a terminal without τ, no docstrings, no standard output."""
+    put_record("simple", None, 0, as_the_paper_has_it(0)["simple", None])
+    Path("matplotlibrc").write_text("text.usetex: True\n")
+    env = {**os.environ, "MPLBACKEND": "module://nowhere", "PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}
+    done = subprocess.run([sys.executable, "ctl.py", "--report"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stderr == "" and "| simple |" in done.stdout
+    figure = Path("results/mini/penalty.svg").read_bytes()
+    shutil.rmtree("results/mini")
+    put_record("simple", None, 0, as_the_paper_has_it(0)["simple", None])
+    Path("matplotlibrc").unlink()
+    done = subprocess.run(f'"{sys.executable}" ctl.py --report >&-', shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and Path("results/mini/penalty.svg").read_bytes() == figure
+
+
+def test_a_reader_that_leaves(undisturbed, house):
+    """`ctl.py … | head -1`: the run goes on, and leaves its record."""
+    process = subprocess.Popen([sys.executable, "ctl.py", *SMOKE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0 and process.stderr.read() == "" and outside(record_of()) == outside(record_of(undisturbed))
 
 
 def test_the_readme_points_at_the_right_lines():
@@ -2500,7 +2704,7 @@ def test_the_plan(house):
 def test_gpus_are_shared_out(house, monkeypatch):
     """With a Python that claims two GPUs, and notes what it is asked to run."""
     python = house / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *device_count*) echo 2 ;; *"--report"*|"-c "*) ;; *) echo "$*" >> {house}/asked.txt ;; esac\n')
+    python.write_text(f'#!/bin/sh\ncase "$*" in *device_count*) echo 2 ;; *"--report"*|"-c "*|*pip*) ;; *) echo "$*" >> {house}/asked.txt ;; esac\n')
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     status, out, _ = reproduce("--dry-run", "--datasets", "svhn", "--seeds", "1")
     plan = commands(out)
@@ -2512,6 +2716,28 @@ def test_gpus_are_shared_out(house, monkeypatch):
     assert sorted((house / "asked.txt").read_text().splitlines()) == sorted(line.removeprefix(".venv/bin/python ") for line in plan)
 
 
+def test_extra_flags_keep_their_words(house):
+    status, out, _ = reproduce("--dry-run", "--preset", "smoke", "--datasets", "shapes", "--seeds", "1", "--losses", "simple", "--results", "my res", "--",
+                               "--data", "x y")
+    assert status == 0 and commands(out)[0].endswith("--data x\\ y") and "--results my\\ res" in out
+    status, out, err = reproduce("--preset", "smoke", "--datasets", "shapes", "--seeds", "1", "--losses", "simple", "--", "--runs", "x y")
+    assert status == 0 and err == "" and Path("x y/smoke/shapes/simple_seed0.pt").exists()
+
+
+def test_a_task_without_a_share(house):
+    status, out, err = reproduce("--preset", "smoke", "--datasets", "shapes", "--seeds", "1", "--losses", "simple", SLURM_ARRAY_TASK_ID="5",
+                                 SLURM_ARRAY_TASK_MIN="0", SLURM_ARRAY_TASK_COUNT="20")
+    assert status == 0 and err == "" and "0 cells" in out
+
+
+def test_a_venv_without_pip_is_made_again(house):
+    (house / ".venv/bin/python").write_text('#!/bin/sh\n[ "$2" != pip ]\n')
+    Path("new").write_text('#!/bin/sh\ncase "$*" in -c*) ;; *) echo "$*"; exit 7 ;; esac\n')
+    Path("new").chmod(0o755)
+    status, out, _ = reproduce("test", PYTHON="./new")
+    assert status == 7 and out == "-m venv --clear .venv\n"
+
+
 def test_slurm_runs_a_copy_of_the_script(house, tmp_path_factory):
     copy_ = tmp_path_factory.mktemp("spool") / "slurm_script"
     shutil.copy("reproduce.sh", copy_)
@@ -2521,7 +2747,7 @@ def test_slurm_runs_a_copy_of_the_script(house, tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [["--seeds", "0"], ["--seeds"], ["--seeds", "x"], ["--jobs", "-1"], ["--preset", "tiny"], ["--losses", "triple"],
-                                     ["--foo"], ["all"], ["--per-gpu", ""], ["--datasets", ""]])
+                                     ["--foo"], ["all"], ["--per-gpu", ""], ["--datasets", ""], ["--losses", " "], ["--taus", "  "]])
 def test_bad_options_of_reproduce(options, house):
     status, out, err = reproduce(*options)
     assert status == 2 and err.count("\n") == 1 and out == ""
@@ -2669,7 +2895,7 @@ def test_interrupted_before_the_run(house):
     Path("driver.py").write_text("import argparse, runpy, signal\nargparse.ArgumentParser.parse_args = lambda *a: signal.raise_signal(signal.SIGINT)\n"
                                  "runpy.run_path('ctl.py', run_name='__main__')\n")
     done = subprocess.run([sys.executable, "driver.py"], capture_output=True, text=True)
-    assert done.returncode == 130 and done.stderr == "ctl.py: interrupted before anything was done\n"
+    assert done.returncode == 130 and done.stderr == "ctl.py: interrupted\n"
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -2722,7 +2948,7 @@ def bad_lines():
         for more in (["--k", "5"], ["--alpha", "0.1"]):
             yield ["--loss", loss, *more]
     for more in (["--loss", "hard", "--k", "5", "--alpha", "0.1"], ["--k"], ["--gamma", "0.5"], ["--milestones", "3"], ["--milestones", "2", "1"], ["pos"],
-                 ["--milestones", "x"], ["--subset", "5"], ["--subset", "4001"], ["--size", "17"], ["--size", "8"], ["--batch-size", "1"], ["--json"],
+                 ["--milestones", "x"], ["--subset", "5"], ["--subset", "4001"], ["--size", "17"], ["--size", "1000000"], ["--size", "8"], ["--batch-size", "1"], ["--json"],
                  ["--report", "--tau", "1"], ["--report", "--profile"], ["--dataset", ""], ["--dataset", "nowhere"], ["--dataset", "ctl.py"],
                  ["--device", "tpu9"], ["--device", "hpu"], ["--seed", "9" * 23], ["--tau", "1e-40"], ["--probe-lr", "1e40"], ["--threads", "9" * 11],
                  ["--batch-size", "9" * 14],
