@@ -1571,6 +1571,7 @@ def makes_sense(record: dict) -> bool:
             and config["loss"] in LOSSES and (config["tau"] is None or type(config["tau"]) is float)
             and all(type(value) is str for value in (config["preset"], config["dataset"], record["data"]["sha256"]))
             and all(type(value) is int and abs(value) < 2 ** 31 for value in (record["protocol_version"], config["seed"], record["data"]["train"]))
+            and (record["protocol_version"] != PROTOCOL_VERSION or bool(Config(**config)))
             and {"epochs", "batch_size", "width", "lr", "schedule", "bank_init", "probe_lr"} <= config.keys()
             and {"torch", "precision", "device"} <= record["environment"].keys() and isinstance(record["history"], list)
             and (tsne_ is None or len(tsne_["x"]) == len(tsne_["y"]) == len(tsne_["label"])
