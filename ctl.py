@@ -1935,7 +1935,7 @@ def costs(folder: Path, home: Path) -> str:
     return "\n".join(lines)
 
 
-MARKER = re.compile(r"(<!-- report: (?:(\S+) (\S+) (table|claims)|costs) -->\n)(?:(?!<!-- report:).)*?(<!-- /report -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- report: (?:(\S+) (\S+) (table|claims)|costs) -->\n).*?(<!-- /report -->)", re.DOTALL)
 
 
 def fill_in(text: str, results: Path) -> str:
