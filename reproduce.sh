@@ -68,7 +68,7 @@ share() {
 }
 
 # Before each cell a line that says where it runs. On a CPU with one thread: two runs at once get more images through than one
-# run with two (results/SPEED.md).
+# run with two (README, Cost and time).
 place() { awk -v gpus="$gpus" '{ print (gpus > 0 ? "--device cuda:" NR % gpus : "--device cpu --threads 1"); print }'; }
 
 # One cell: where it runs, and its arguments. A failing one doesn't stop the others.
