@@ -1828,7 +1828,8 @@ def draw(rows: Rows, dataset: str, version: int) -> dict[str, bytes]:
     import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcdefaults()  # nor does a user's matplotlibrc matter
-    matplotlib.rcParams.update({"svg.hashsalt": "ctl", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update({"svg.hashsalt": "ctl", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+                                "figure.constrained_layout.use": True})
     from matplotlib import pyplot
 
     figures = {f"{dataset}-v{version}-dilemma": draw_dilemma(pyplot, rows, dataset), f"{dataset}-v{version}-profile": draw_profiles(pyplot, rows),
@@ -1839,7 +1840,6 @@ def draw(rows: Rows, dataset: str, version: int) -> dict[str, bytes]:
     for name, figure in figures.items():
         if not figure:
             continue
-        figure.tight_layout()
         for kind in ("svg", "png"):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
@@ -1859,7 +1859,7 @@ def draw_dilemma(pyplot, rows: Rows, dataset: str):
     preset lie far below the paper's, so these have a panel of their own."""
     panels = [("uniformity", 1, "both"), ("tolerance", 2, "both"), ("linear accuracy, %", 0, "ours"), ("linear accuracy, %", 0, "paper")]
     panels = panels if dataset.split("-")[0] in PAPER else panels[:3]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.8))
     for axis, (title, place, whose) in zip(axes, panels):
         for loss, departs, colour in (("contrastive", "", "contrastive"), ("hard", "", "hard"),
                                       ("contrastive", "match_step-True", "match_step")):
@@ -1874,8 +1874,7 @@ def draw_dilemma(pyplot, rows: Rows, dataset: str):
             if theirs and not departs and whose != "ours":
                 axis.plot(*zip(*theirs), "--", marker="s", markersize=4, alpha=0.7, color=COLOURS[colour], label=f"{loss}, paper")
         axis.set(xlabel="temperature τ", title=title if whose == "both" else f"{title}, {whose}")
-    if axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     return figure
 
 
