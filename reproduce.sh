@@ -11,7 +11,7 @@
 #   --seeds N           seeds 0 … N-1                         [$SEEDS, or 3]
 #   --jobs N            runs at once      [a CPU: one a core, one thread each; GPUs: --per-gpu times their number]
 #   --per-gpu N         runs at once on each GPU              [3]
-#   --results DIR       where records are or go               [results]
+#   --results DIR       where records are or go               [results; those that came with it count as done]
 #   --dry-run           print the plan and each command, train nothing
 #   -- …                all that follows goes to ctl.py, for example  -- --match-step
 # As a Slurm array, each task takes its share of the cells:  sbatch --array=0-7 --gres=gpu:1 reproduce.sh
@@ -78,7 +78,7 @@ run_cell() {
     # shellcheck disable=SC2086
     .venv/bin/python ctl.py --preset "$preset" --results "$results" $1 $2 ${extra[@]+"${extra[@]}"} > "$log" 2>&1 || status=$?
     case "$status" in
-        0) echo "done    $2" ;;
+        0) if grep -q "is there already" "$log"; then echo "there   $2 (its record is in $results already)"; else echo "done    $2"; fi ;;
         3) echo "busy    $2 (another process is at work on it)" ;;
         *) echo "FAILED  $2 (status $status)"; echo "$2|$log" >> "$failed"; return 1 ;;
     esac
