@@ -1620,12 +1620,13 @@ def report(results: Path, preset: str | None = None) -> None:
     files: dict[Path, bytes] = {}
     for (name, dataset, version), rows in groups.items():
         title = f"preset {name}, dataset {dataset}, protocol version {version}"
-        say(f"\n{title}\n\n{table(rows, results / name)}\n\n{claims_table(rows)}")
+        numbers, verdicts = table(rows, results / name), claims_table(rows)
+        say(f"\n{title}\n\n{numbers}\n\n{verdicts}")
         tables, claims = results / name / "TABLE.md", results / name / "CLAIMS.md"
         text.setdefault(tables, f"# Table 1, preset {name}: ours beside the paper's\n")
         text.setdefault(claims, f"# The paper's claims, preset {name}\n\n{NEEDS}")
-        text[tables] += f"\n## {title}\n\n{table(rows, results / name)}\n\n{caption(rows)}\n"
-        text[claims] += f"\n## {title}\n\n{claims_table(rows)}\n"
+        text[tables] += f"\n## {title}\n\n{numbers}\n\n{caption(rows)}\n"
+        text[claims] += f"\n## {title}\n\n{verdicts}\n"
         files |= {results / name / file: content for file, content in draw(rows, dataset, version).items()}
     readme = Path(__file__).with_name("README.md")
     own = readme.with_name("results")
@@ -1951,6 +1952,7 @@ def fill_in(text: str, results: Path) -> str:
         parts = [(table(rows, results.parent) if what == "table" else claims_table(rows))
                  for (_, name, version), rows in read_groups(results, preset).items() if name == dataset and version == PROTOCOL_VERSION]
         return opening + "\n\n".join(parts or ["No records yet."]) + "\n" + closing
+
     def link(match: re.Match) -> str:
         return f"[`{match[1]}`](ctl.py#L{lines[match[1]]})" if match[1] in lines else match[0]
 
