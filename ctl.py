@@ -965,6 +965,8 @@ def train(config: Config) -> dict:
 
 def run_cell(config: Config, data: Data, available: int, device: torch.device, identity: dict, record_path: Path,
              checkpoint_path: Path, signals: Signals) -> dict:
+    """The run itself: start or go on, train epoch by epoch, evaluate, write the record. `available`: how many training images
+    there were to take from; `identity`: what a checkpoint and a record must agree in; `signals`: asked after each step."""
     N, began = len(data.train_images), time.perf_counter()
     k, bfloat16 = negatives_kept(config, N), in_bfloat16(config, device)
     images, labels = data.train_images.to(device), data.train_labels.to(device)
@@ -996,7 +998,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
         epoch, step, losses, history, seconds = 0, 0, [], [], 0.0
         untrained = evaluate(model, data, config, bfloat16)
 
-    def finite() -> bool:
+    def finite() -> bool:  # what is not finite is neither saved nor recorded
         return all(value.isfinite().all() for value in (*model.state_dict().values(), bank.rows, *losses))
 
     def save() -> None:
@@ -1011,7 +1013,7 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
         order = torch.randperm(N, generator=generator(config.seed, "order", epoch)).split(config.batch_size)
         epoch_began, first = time.perf_counter(), step
         with tqdm(total=steps, initial=step, leave=False, disable=None, unit="step") as bar, signals.waiting():
-            for step in range(first, steps):
+            for step in range(first, steps):  # from 0, but where a run goes on in the middle of an epoch
                 index = order[step]
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate(config, epoch + step / steps)
