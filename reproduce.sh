@@ -21,7 +21,7 @@ unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ ! -e ctl.py ] && [ -n "${SLURM_SUBMIT_DIR:-}" ]; then cd "$SLURM_SUBMIT_DIR"; fi # Slurm runs a copy of this file
 if [ ! -e ctl.py ]; then echo "reproduce.sh: ctl.py is not beside it: run it from where it belongs" >&2; exit 2; fi
-# glibc keeps freed memory: a step takes 6 to 18 % less time (results/SPEED.md); results don't change.
+# glibc keeps freed memory: a step takes less time (results/SPEED.md); results don't change.
 export MALLOC_TOP_PAD_=134217728 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
 usage() { sed -n '2,20s/^# \{0,1\}//p' reproduce.sh; }
