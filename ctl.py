@@ -1526,12 +1526,12 @@ PAPER_ACCURACY = {
 TABULATED = ("accuracy", "uniformity", "tolerance")
 
 
-def paper_values(dataset: str, loss: str, tau: float | None) -> tuple:
-    """The paper's (accuracy, uniformity, tolerance) of a cell, None for what it lacks; a folder called cifar10-… is put beside
+def paper_values(dataset: str, loss: str, tau: float | None) -> dict[str, float | None]:
+    """The paper's accuracy, uniformity and tolerance of a cell, None for what it lacks; a folder called cifar10-… is put beside
     CIFAR-10."""
     dataset = dataset.split("-")[0]
     more = PAPER_ACCURACY.get(dataset, {}).get(tau) if loss == "contrastive" else None
-    return PAPER.get(dataset, {}).get((loss, tau), (more, None, None))
+    return dict(zip(TABULATED, PAPER.get(dataset, {}).get((loss, tau), (more, None, None))))
 
 
 def plain(value):
@@ -1571,7 +1571,8 @@ def read_record(path: Path) -> dict:
 def makes_sense(record: dict) -> bool:
     """Whether what a report takes from a record is there, and of the right kind. May raise instead."""
     config, final, tsne_ = record["config"], record["final"], record.get("tsne")
-    numbers = [*(final[key] for key in (*TABULATED, "accuracy_heldout")), *final["profile"], final["untrained"]["accuracy"]]
+    numbers = [*(final[key] for key in (*TABULATED, "knn", "accuracy_heldout")), *final["profile"], final["untrained"]["accuracy"],
+               *(final["untrained"].get(key) for key in (*TABULATED, "knn"))]
     return (all(value is None or type(value) in (int, float) and abs(value) < 1e6 for value in numbers) and len(final["profile"]) == 11
             and config["loss"] in LOSSES and (config["tau"] is None or type(config["tau"]) is float)
             and all(type(value) is str for value in (config["preset"], config["dataset"], record["data"]["sha256"]))
@@ -1594,7 +1595,7 @@ def environment(device: torch.device, bfloat16: bool) -> dict:
 def show(record: dict, path: Path) -> None:
     """The result, beside the paper's where the paper has that cell."""
     config, final = record["config"], record["final"]
-    paper = dict(zip(TABULATED, paper_values(config["dataset"], config["loss"], config["tau"])))
+    paper = paper_values(config["dataset"], config["loss"], config["tau"])
     say(f"{'':12}{'ours':>9}{'paper':>9}{'untrained':>12}")
     meaning = {"accuracy": "linear probe, last epoch, %", "knn": "200 nearest, %", "uniformity": "larger = more uniform",
                "tolerance": "mean similarity in a class", "alignment": "mean squared distance of two views"}
@@ -1666,18 +1667,31 @@ def read_groups(results: Path, preset: str | None = None) -> dict[tuple, Rows]:
 
 
 def table(rows: Rows, folder: Path) -> str:
-    """Ours, mean ± standard deviation over seeds (their number), beside the paper's; links are relative to `folder`."""
-    lines = ["| loss | τ | " + " | ".join(f"{key} | paper" for key in ("accuracy, %", *TABULATED[1:])) + " | records |",
-             "|---" * (2 + 2 * len(TABULATED) + 1) + "|"]
+    """Ours, mean ± standard deviation over seeds (their number), beside the paper's where it has the dataset; in the last row
+    the network before training. Links are relative to `folder`."""
+    records = [record for runs in rows.values() for _, record in runs]
+    dataset = records[0]["config"]["dataset"]
+    columns = [("accuracy", "accuracy, %", 2), ("knn", "kNN, %", 2), ("uniformity", "uniformity", 3), ("tolerance", "tolerance", 3)]
+    beside = TABULATED if dataset.split("-")[0] in PAPER else ()
+
+    def line(loss: str, tau, finals: list[dict], paper: dict, links: str) -> str:
+        cells = [loss, f"{tau or ''}"]
+        for key, _, digits in columns:
+            cells.append(mean_sd([final[key] for final in finals if final.get(key) is not None], digits))
+            if key in beside:
+                cells.append(str(paper.get(key) or "–"))
+        return f"| {' | '.join([*cells, links])} |"
+
+    head = ["loss", "τ", *(name for key, title, _ in columns for name in (title, "paper")[:1 + (key in beside)]), "records"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    untrained = {}  # by seed: all its cells start from the same network
     for (loss, tau, departs), runs in rows.items():
-        cells = [f"{loss}{f', {departs}' if departs else ''}", f"{tau or ''}"]
-        dataset = runs[0][1]["config"]["dataset"] if runs else next(r[1]["config"]["dataset"] for some in rows.values() for r in some)
-        paper = (None,) * 3 if departs else paper_values(dataset, loss, tau)
-        for place, key in enumerate(TABULATED):
-            values = [record["final"][key] for _, record in runs if record["final"][key] is not None]
-            cells += [mean_sd(values, 2 if key == "accuracy" else 3), str(paper[place] or "–")]
         links = [f"[{record['config']['seed']}]({path.relative_to(folder).as_posix().replace(' ', '%20')})" for path, record in runs]
-        lines.append("| " + " | ".join([*cells, " ".join(links) or "missing"]) + " |")
+        lines.append(line(f"{loss}, {departs}" if departs else loss, tau, [record["final"] for _, record in runs],
+                          {} if departs else paper_values(dataset, loss, tau), " ".join(links) or "missing"))
+        untrained |= {record["config"]["seed"]: record["final"]["untrained"] for _, record in runs if not departs}
+    if untrained:
+        lines.append(line("untrained", None, list(untrained.values()), {}, ""))
     return "\n".join(lines)
 
 
@@ -1860,23 +1874,23 @@ def finals(rows: Rows, loss: str, departs: str = "") -> list[tuple]:
 def draw_dilemma(pyplot, rows: Rows, dataset: str):
     """Figs. 4 and 6, 5 and 7, 9: uniformity, tolerance and accuracy against tau, the paper's dashed. Accuracies of a small
     preset lie far below the paper's, so these have a panel of their own."""
-    panels = [("uniformity", 1, "both"), ("tolerance", 2, "both"), ("linear accuracy, %", 0, "ours"), ("linear accuracy, %", 0, "paper")]
+    panels = [("uniformity", "both"), ("tolerance", "both"), ("accuracy", "ours"), ("accuracy", "paper")]
     panels = panels if dataset.split("-")[0] in PAPER else panels[:3]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.8))
-    for axis, (title, place, whose) in zip(axes, panels):
+    for axis, (key, whose) in zip(axes, panels):
         for loss, departs, colour in (("contrastive", "", "contrastive"), ("hard", "", "hard"),
                                       ("contrastive", "match_step-True", "match_step")):
-            points = [(tau, [f[TABULATED[place]] for f in seeds if f[TABULATED[place]] is not None]) for tau, seeds in finals(rows, loss, departs)]
+            points = [(tau, [f[key] for f in seeds if f[key] is not None]) for tau, seeds in finals(rows, loss, departs)]
             points = [(tau, values) for tau, values in points if values]
             if points and whose != "paper":
                 axis.errorbar([tau for tau, _ in points], [statistics.mean(values) for _, values in points],
                               [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points], marker="o", capsize=3,
                               color=COLOURS[colour], label=f"{loss}{', loss times τ' if departs else ''}, ours")
-            theirs = [(tau, paper_values(dataset, loss, tau)[place]) for tau in sorted({*TAUS, *PAPER_ACCURACY["cifar10"]})]
+            theirs = [(tau, paper_values(dataset, loss, tau)[key]) for tau in sorted({*TAUS, *PAPER_ACCURACY["cifar10"]})]
             theirs = [(tau, value) for tau, value in theirs if value is not None]
             if theirs and not departs and whose != "ours":
                 axis.plot(*zip(*theirs), "--", marker="s", markersize=4, alpha=0.7, color=COLOURS[colour], label=f"{loss}, paper")
-        axis.set(xlabel="temperature τ", title=title if whose == "both" else f"{title}, {whose}")
+        axis.set(xlabel="temperature τ", title=key if whose == "both" else f"linear accuracy, %, {whose}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     return figure
 

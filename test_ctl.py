@@ -2236,7 +2236,7 @@ def as_the_paper_has_it(seed):
         wobble = 1e-3 * ((seed * 7 + place * 3) % 5)
         nearest = 0.9 - 0.1 / (tau or 9)
         cells[loss, tau] = dict(accuracy=accuracy + wobble, accuracy_heldout=accuracy + wobble / 2, uniformity=uniform + wobble, tolerance=tolerant + wobble,
-                                knn=50.0, alignment=0.1, profile=[0.8 + 0.1 * (tau or 1)] + [nearest - 0.6] * 10, untrained={"accuracy": 25.0})
+                                knn=50.0, alignment=0.1, profile=[0.8 + 0.1 * (tau or 1)] + [nearest - 0.6] * 10, untrained={"accuracy": 25.0, "knn": 20.0})
     cells["triplet", None] = {**cells["simple", None], "accuracy": 26.0 + seed / 10}
     return cells | {(ctl.MATCHED, tau): dict(cells["contrastive", tau]) for tau in ctl.TAUS}
 
@@ -2322,19 +2322,20 @@ def test_report(cli):
         for (loss, tau), final in as_the_paper_has_it(seed).items():
             if (loss, tau) != ("hard", 1.0) and loss != ctl.MATCHED:
                 put_record(loss, tau, seed, {**final, "accuracy": 80.0 + seed})
-    put_record("contrastive", 0.3, 0, {**as_the_paper_has_it(0)["contrastive", 0.3], "accuracy": 12.34}, match_step=True)
+    put_record("contrastive", 0.3, 9, {**as_the_paper_has_it(0)["contrastive", 0.3], "accuracy": 12.34}, match_step=True)
     put_record("contrastive", 0.2, 0, {**as_the_paper_has_it(0)["contrastive", 0.3], "accuracy": 56.78})
     status, out, err = cli("--report")
     assert status == 0 and err == ""
     text = Path("results/mini/TABLE.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     row = next(line for line in lines if line.startswith("| contrastive | 0.3 |"))
-    assert "| 81.00 ± 1.00 (3) | 83.27 |" in row and "| 3.6 |" in row and "| 0.178 |" in row and row in out
+    assert "| 81.00 ± 1.00 (3) | 83.27 | 50.00 ± 0.00 (3) |" in row and "| 3.6 |" in row and "| 0.178 |" in row and row in out
     for target in re.findall(r"\]\((\S+)\)", text):
         assert Path("results/mini", target).is_file()
-    assert "| hard | 1.0 | – | 84.19 | – | 3.86 | – | 0.03 | missing |" in text
+    assert "| hard | 1.0 | – | 84.19 | – | – | 3.86 | – | 0.03 | missing |" in text
     assert any("match_step-True" in line and "12.34 (1) | –" in line for line in lines)
     assert any(line.startswith("| contrastive | 0.2 | 56.78 (1) | 83.78 |") and line.count("| – |") == 2 for line in lines)
+    assert lines[-1] == "| untrained |  | 25.00 ± 0.00 (3) | – | 20.00 ± 0.00 (3) | – | – | – | – |  |"  # of each seed once, no departing run's
     assert lines.index(row) < [line.startswith("| simple") for line in lines].index(True) and "5,000 training images, 60 epochs" in text
     claims = Path("results/mini/CLAIMS.md").read_text()
     assert "C9" in claims and "confirmed" in claims and "95 % interval" in claims
@@ -2472,6 +2473,14 @@ def test_a_picture_that_fails_costs_no_record(error, cli, monkeypatch):
     error = ctl.Interrupted("SIGTERM")
     with pytest.raises(ctl.Interrupted):
         ctl.tsne(torch.eye(20), torch.arange(20))
+
+
+def test_a_table_of_images_that_the_paper_has_not(cli):
+    put_record("simple", None, 0, as_the_paper_has_it(0)["simple", None], dataset="shapes")
+    assert cli("--report")[0] == 0
+    text = Path("results/mini/TABLE.md").read_text()
+    assert "| loss | τ | accuracy, % | kNN, % | uniformity | tolerance | records |\n" in text
+    assert "| simple |  | 74.83 (1) | 50.00 (1) | 1.682 (1) | 0.612 (1) | [0](shapes/simple_seed0.json) |\n" in text
 
 
 def test_report_never_averages_versions(cli):
