@@ -66,6 +66,7 @@ try:
 except ImportError:  # Windows has neither: there two runs of one cell are not kept apart, and memory is not measured
     fcntl = resource = None
 
+SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # now: the file may be edited while a run lasts
 PROTOCOL_VERSION = 1  # goes up when the same command would give other results; versions are never averaged
 
 
@@ -211,7 +212,7 @@ def _describe(tensor: Tensor) -> str:
 # z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees.
 # All are exact. What looks at every pair goes a block of rows at a time: 10,000 embeddings need less than 200 MiB.
 
-BLOCK = 1024  # rows of a block
+ROWS = 1024  # of a block
 
 
 def uniformity(z: Tensor, t: float = 2.0) -> float:
@@ -225,8 +226,8 @@ def uniformity(z: Tensor, t: float = 2.0) -> float:
     n, total = len(z), 0.0
     if n < 2:
         return math.nan
-    for i in range(0, n, BLOCK):
-        s = z[i:i + BLOCK] @ z[i:].T  # (b, n - i)
+    for i in range(0, n, ROWS):
+        s = z[i:i + ROWS] @ z[i:].T  # (b, n - i)
         # |z_i - z_j|² = 2 - 2 s_ij for unit vectors, so exp(-t |z_i - z_j|²) = exp(2t (s_ij - 1))
         total += torch.exp(2 * t * (s - 1)).triu(1).sum(dtype=torch.float64).item()
     # Eq. 10: L_uniformity = log E exp(-t |f(x) - f(y)|²)
@@ -275,7 +276,7 @@ def similarity_profile(z: Tensor, bank_or_z2: Tensor, positive: Tensor, top: int
         raise ValueError(f"positive must be int64 of shape ({len(z)},), not {_describe(positive)}")
     kept = min(top, len(bank_or_z2) - 1)
     total = torch.zeros(1 + kept, dtype=torch.float64)
-    for rows, own in zip(z.split(BLOCK), positive.split(BLOCK)):
+    for rows, own in zip(z.split(ROWS), positive.split(ROWS)):
         s = rows @ bank_or_z2.T  # (b, m)
         s_ii = _positive_similarity(s, own)
         negatives = nearest_negatives(s, own, kept)[0].sort(dim=1, descending=True).values  # (b, kept)
@@ -292,9 +293,9 @@ def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tenso
     """
     _unit_vectors(train_z=train_z, test_z=test_z)
     classes, right = 1 + max(train_y.max().item(), test_y.max().item()), 0
-    for z, y in zip(test_z.split(BLOCK), test_y.split(BLOCK)):
+    for z, y in zip(test_z.split(ROWS), test_y.split(ROWS)):
         s, neighbour = (z @ train_z.T).topk(min(k, len(train_z)), dim=1)  # (b, k)
-        votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], torch.exp((s - 1) / temperature))  # the same vote: no overflow
+        votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], torch.exp((s - 1) / temperature))  # less 1 for all: the same vote, no overflow
         right += (votes.argmax(dim=1) == y).sum().item()
     return 100 * right / len(test_y)
 
@@ -307,27 +308,29 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
     train_h: (n, d) features, or (V, n, d) for V views of each image, of which each epoch picks one at random (an
     image and its mirror image: then this is training with random flips). test_h: (m, d). train_y, test_y: int64
     classes from 0. SGD without weight decay, lr · gamma at the milestones (paper, section 5.1; batch, momentum and
-    flips from the authors' code, which reports its best epoch on the test set: this reports the last).
+    flips from the authors' code, which reports its best epoch on the test set: this reports the last). Raises NotFinite where
+    it diverges.
     """
     views = train_h if train_h.ndim == 3 else train_h[None]  # (V, n, d)
     V, n, d = views.shape
     rows = views.reshape(V * n, d)
     classes = 1 + int(max(train_y.max(), test_y.max()))
     layer = nn.utils.skip_init(nn.Linear, d, classes, device=rows.device, dtype=rows.dtype)
-    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # a convex problem: 0 is as good a start, and needs no draw
+    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(layer.weight)  # a convex problem: 0 is as good a start, and needs no draw
     optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=momentum)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones), gamma)
-    generator = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        order = torch.randperm(n, generator=generator)
-        view = torch.randint(V, (n,), generator=generator)
+        order = torch.randperm(n, generator=random)
+        view = torch.randint(V, (n,), generator=random)
         for image, row in zip(order.to(rows.device).split(batch_size), (view * n + order).to(rows.device).split(batch_size)):
             optimiser.zero_grad()
             F.cross_entropy(layer(rows[row]), train_y[image]).backward()
             optimiser.step()
         schedule.step()
-    if not layer.weight.isfinite().all():
-        raise NotFinite("in the linear probe")
+    if not (layer.weight.isfinite().all() and layer.bias.isfinite().all()):
+        raise NotFinite("the linear probe's weights")
     with torch.no_grad():
         return 100 * (layer(test_h).argmax(dim=1) == test_y).double().mean().item()
 
@@ -385,15 +388,15 @@ class MemoryBank:
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and the way around them (He et al., CVPR 2016). (B, inside, s, s) -> (B, out, s/stride, s/stride)."""
+    """Two 3x3 convolutions and the way around them (He et al., CVPR 2016). (B, channels, s, s) -> (B, out, s/stride, s/stride)."""
 
-    def __init__(self, inside: int, out: int, stride: int):
+    def __init__(self, channels: int, out: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out)
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
-        if stride != 1 or inside != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -416,7 +419,8 @@ class ResNet18(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.xavier_uniform_(self.head.weight), nn.init.zeros_(self.head.bias)
+        nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def features(self, x: Tensor) -> Tensor:
         """h, (B, 8·width): the pooled features that the linear probe sees."""
@@ -446,7 +450,7 @@ class Busy(Stop):
 
 
 class Interrupted(Stop):
-    """SIGINT or SIGTERM; the status is 128 + the signal's number, as shells have it."""
+    """SIGINT, SIGTERM or SIGHUP; the status is 128 + the signal's number, as shells have it."""
 
 
 @dataclass
@@ -461,7 +465,8 @@ class Data:
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            digest.update(repr(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.cpu().contiguous().view(-1).numpy())
         return digest.hexdigest()
 
 
@@ -517,7 +522,7 @@ def load_download(name: str, root: Path, size: int = 32) -> Data:
 
 def load_folder(folder: Path, size: int = 32) -> Data:
     """A folder with train/<class>/* and test/<class>/*: images of any size, resized so that the shorter side fits
-    (antialiased), the middle square cut out. Classes are numbered as sorted by name, as `train` has them."""
+    (antialiased), the middle square cut out. Classes are numbered as sorted by name, as `train` has them. Raises BadInput."""
     functional = torchvision.transforms.functional
 
     def read(path: str) -> Tensor:
@@ -530,6 +535,8 @@ def load_folder(folder: Path, size: int = 32) -> Data:
             if image.size != (size, size):
                 image = functional.center_crop(functional.resize(image, size), [size, size])
             return functional.pil_to_tensor(image)
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow raises many kinds on a broken file
             raise BadInput(f"cannot read the image {path} ({str(error) or type(error).__name__}): mend or remove it")
 
@@ -545,7 +552,10 @@ def load_folder(folder: Path, size: int = 32) -> Data:
         unknown = sorted(set(files.classes) - set(classes))
         if unknown:
             raise BadInput(f"{folder / part / unknown[0]}: {folder / 'train'} has no class of that name")
-        tensors.append(torch.stack([read(path) for path, _ in files.samples]))
+        images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+        for image, (path, _) in zip(images, files.samples):
+            image.copy_(read(path))
+        tensors.append(images)
         tensors.append(torch.tensor([classes[files.classes[label]] for _, label in files.samples]))
     name = folder.resolve().name
     if not name.isprintable() or not 0 < len(name.encode()) <= 100 or set(name) & set("|<>[]()`"):
@@ -558,7 +568,7 @@ SHAPES = ("disk", "ring", "crescent", "square", "frame", "triangle", "star", "cr
 
 
 def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
-    """Ten classes of shape, made by code, always the same. An image is papered with one shape, light and dark pieces in
+    """Ten classes of shape, made by code, always the same but for a pixel that another kind of CPU rounds otherwise. An image is papered with one shape, light and dark pieces in
     turn, so that a crop of it still shows which, and neither colour nor mean brightness tells. All else is nuisance:
     position, size, rotation, the colours, a texture behind, from coarse to fine, and noise."""
     n, random = train + test, torch.Generator().manual_seed(0)
@@ -630,6 +640,11 @@ def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
     return shuffled[rank.argsort(stable=True)]
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On a CUDA GPU without waiting; on MPS such a copy may read memory that was freed meanwhile (pytorch#139550)."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 # Augmentation in two parts: what is drawn (on the CPU, so that all devices draw alike), and what is done with it
 # (to a whole batch at once, where the images are).
 
@@ -650,7 +665,7 @@ class Augmentation:
         return Augmentation(*(value[rows] for value in vars(self).values()))
 
     def to(self, device: torch.device | str) -> Augmentation:
-        return Augmentation(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+        return Augmentation(*(to_device(value, device) for value in vars(self).values()))
 
 
 def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, flip: bool = True) -> Augmentation:
@@ -678,7 +693,7 @@ def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, fl
 
 
 def augment(images: Tensor, parameters: Augmentation) -> Tensor:
-    """Do to each image what was drawn for it. images: uint8 (B, 3, s, s). Returns float32 (B, 3, s, s) in [0, 1].
+    """Do to each image what was drawn for it, on one device. images: uint8 (B, 3, s, s). Returns float32 (B, 3, s, s) in [0, 1].
 
     Equal to torchvision's transforms on float images; its PIL pipeline rounds to 256 levels after every step.
     """
@@ -805,7 +820,8 @@ class Config:
     flip: bool = setting(True, "horizontal flips in pretraining (evaluation has them always)", "paper, 5.1; the authors' code has none")
     match_step: bool = setting(False, "multiply the loss by tau, so that the step does not grow as 1/tau", "our choice")
     precision: str = setting("auto", "of the network; similarities and loss are float32 always. auto: bfloat16 on a GPU "
-                             "that has it, else float32", "our choice", choices=("auto", "float32", "bfloat16"))
+                             "that has it, else float32 (a GPU's convolutions may take TF32 for it, as PyTorch chooses)", "our choice",
+                             choices=("auto", "float32", "bfloat16"))
     probe_lr: float = setting(30.0, "learning rate of the linear probe; 0.3 does better on the few features of small widths",
                               "paper, 5.1; mini: tuned on training images that it does not use")
     eval_every: int = setting(10, "epochs between two looks at kNN, uniformity and tolerance; 0: none", "our choice")
@@ -825,7 +841,7 @@ class Config:
             name, value, kind, choices = field.name, getattr(self, field.name), field.metadata["type"], field.metadata["choices"]
             if value is None and field.default is None:
                 continue
-            if field.name == "milestones":
+            if name == "milestones":
                 need(isinstance(value, (tuple, list)) and all(type(m) is int and m > 0 for m in value)
                      and list(value) == sorted(set(value)), f"milestones must be rising whole epochs, not {value!r}")
                 self.milestones = tuple(value)
@@ -862,7 +878,8 @@ class Config:
 
     def study(self) -> dict:
         """The settings that the result depends on: what the record holds. (On another device, precision or number of threads
-        sums are rounded otherwise: digits agree on one kind of machine; the record's `environment` says which.)"""
+        sums are rounded otherwise: digits agree on one kind of CPU, and a GPU may add in another order each time; the record's
+        `environment` says which it was.)"""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["study"]}
 
 
@@ -936,7 +953,8 @@ CHECKPOINT_SECONDS = 60.0  # at most so much work is lost to a crash
 
 def train(config: Config) -> dict:
     """Train, evaluate, write the record and return it. A finished record of the same config is returned as it is; an
-    unfinished run goes on from its checkpoint. Raises Stop or one of its kinds (BadInput, Busy, Interrupted)."""
+    unfinished run goes on from its checkpoint. Sets PyTorch's threads and CUDA device for the whole process. Raises Stop or
+    one of its kinds (BadInput, Busy, Interrupted)."""
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -948,7 +966,8 @@ def train(config: Config) -> dict:
     record_path = Path(config.results) / f"{cell}.json"
     checkpoint_path = Path(config.runs) / f"{cell}.pt"
     identity = {"protocol_version": PROTOCOL_VERSION, "config": plain(config.study()), "data": data.sha256()}
-    probe_writable(record_path.parent), probe_writable(checkpoint_path.parent)
+    for path in (record_path, checkpoint_path):
+        probe_writable(path.parent)
     with lock(checkpoint_path.with_suffix(".lock")), Signals() as signals:
         if record_path.exists() and not config.force:
             record = read_record(record_path)
@@ -959,8 +978,8 @@ def train(config: Config) -> dict:
         try:
             return run_cell(config, data, available, device, identity, record_path, checkpoint_path, signals)
         except NotFinite as error:
-            raise Stop(f"the loss is not finite ({error}): nothing is recorded (a good checkpoint from before, if there "
-                       f"is one, stays in {checkpoint_path}); try a lower --lr or a larger --tau")
+            raise Stop(f"not finite: {error}; nothing is recorded (a good checkpoint from before, if there is one, stays in "
+                       f"{checkpoint_path}); try a lower --lr (--probe-lr, if it is the probe) or a larger --tau")
 
 
 def run_cell(config: Config, data: Data, available: int, device: torch.device, identity: dict, record_path: Path,
@@ -973,12 +992,13 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
     data = dataclasses.replace(data, train_images=images, train_labels=labels,
                                test_images=data.test_images.to(device), test_labels=data.test_labels.to(device))
     model, optimiser = make_model(config, device)
-    saved = find_checkpoint(config, checkpoint_path, identity)
+    saved = find_checkpoint(config, checkpoint_path, record_path, identity)
     steps = math.ceil(N / config.batch_size)
     name = f"{config.loss}{f' tau {config.tau}' if config.tau else ''}"
-    estimate = seconds_per_step(config, min(N, config.batch_size), device, bfloat16) * steps * config.epochs
+    left = steps * (config.epochs - (saved["epoch"] if saved else 0))
+    estimate = seconds_per_step(config, min(N, config.batch_size), device, bfloat16) * left
     say(f"{name}, {data.name} ({N:,} of {available:,} training images), preset {config.preset}, seed {config.seed}: "
-        f"{config.epochs} epochs, training about {duration(estimate)} on {device}"
+        f"{config.epochs} epochs, about {duration(estimate)} of training on {device}"
         f"{f', threads: {torch.get_num_threads()}' if device.type == 'cpu' else ''}")
 
     if saved:
@@ -1028,8 +1048,8 @@ def run_cell(config: Config, data: Data, available: int, device: torch.device, i
                     signals.leave(checkpoint_path)
         mean = torch.stack([loss.cpu() for loss in losses]).double().mean().item()
         if not finite():
-            raise NotFinite(f"in epoch {epoch + 1}")
-        entry = {"epoch": epoch + 1, "loss": mean, "lr": learning_rate(config, epoch)}
+            raise NotFinite(f"the loss, the weights or the bank in epoch {epoch + 1}")
+        entry = {"epoch": epoch + 1, "loss": mean, "lr": learning_rate(config, epoch)}  # the rate at the epoch's start
         rate = max(1, N - first * config.batch_size) / (time.perf_counter() - epoch_began)
         epoch, step, losses = epoch + 1, 0, []
         if config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
@@ -1061,7 +1081,7 @@ def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimi
                drawn: Augmentation, config: Config, k: int | None, bfloat16: bool, mark=lambda part: None) -> Tensor:
     """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the mean loss, ().
     `mark` is told what has just been done, for --profile."""
-    index = index.to(images.device, non_blocking=True)  # (B,), and the column of each anchor's own image
+    index = to_device(index, images.device)  # (B,), and the column of each anchor's own image
     views = normalise(augment(images[index], drawn.to(images.device)))  # (B, 3, size, size)
     mark("augmentation")
     with half_precision(images.device, bfloat16):
@@ -1084,6 +1104,7 @@ def half_precision(device: torch.device, bfloat16: bool):
 
 
 def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.optim.Optimizer]:
+    """The network as its seed draws it, the same on every device, and its optimiser."""
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that all devices start alike
         torch.manual_seed(generator(config.seed, "network").initial_seed())
         model = ResNet18(config.width, config.dim)
@@ -1099,7 +1120,7 @@ def negatives_kept(config: Config, N: int) -> int | None:
 
 def in_bfloat16(config: Config, device: torch.device) -> bool:
     return config.precision == "bfloat16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @torch.no_grad()
@@ -1188,6 +1209,7 @@ def take_subset(data: Data, config: Config) -> tuple[Data, int]:
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of that name; auto: cuda, else mps, else cpu. Raises BadInput where it can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -1235,13 +1257,14 @@ def whole_checkpoint(path: Path) -> bytes | None:
     return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
 
 
-def find_checkpoint(config: Config, path: Path, identity: dict) -> dict | None:
-    """The checkpoint to go on from. With --force only from one that was forced too, and broken off."""
+def find_checkpoint(config: Config, path: Path, record: Path, identity: dict) -> dict | None:
+    """The checkpoint to go on from. With --force only from one that was forced too, and has left no record yet."""
     if not config.force:
         return load_checkpoint(path, identity)
-    with contextlib.suppress(BadInput):
+    with contextlib.suppress(BadInput, FileNotFoundError):
         saved = load_checkpoint(path, identity)
-        if saved and saved["forced"] and saved["epoch"] < config.epochs:
+        recorded = record.exists() and record.stat().st_mtime >= path.stat().st_mtime
+        if saved and saved["forced"] and not (saved["epoch"] == config.epochs and recorded):
             return saved
     return None
 
@@ -1253,14 +1276,14 @@ def refuse_other(path: Path, found: dict, wanted: dict) -> None:
     there |= {"data": data["sha256"] if isinstance(data, dict) else data, "protocol_version": found["protocol_version"]}
     here |= {"data": wanted["data"], "protocol_version": wanted["protocol_version"]}
     for key in sorted(there.keys() | here.keys()):
-        if plain(there.get(key)) != here.get(key):
+        if plain(there.get(key)) != here.get(key) and not (key == "data" and here["dataset"] == "shapes"):  # rounded otherwise, see load_shapes
             raise BadInput(f"{path} is of another run: {key} is {there.get(key)} there, {here.get(key)} here; "
                            "move it away, or give another --results and --runs")
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name in the same folder, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # not the pid: another machine may write here too
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -1272,6 +1295,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def probe_writable(folder: Path) -> None:
+    """Make the folder, and raise BadInput where nothing can be written into it: now, not after hours of training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1281,13 +1305,16 @@ def probe_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False):
-    """Hold the lock of that name; it goes with the process that holds it, however that ends."""
+    """Hold the lock of that name; it goes with the process that holds it, however that ends. Raises Busy where another
+    process holds it, or waits for that."""
     with open(path, "w") as file:
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise Busy(f"another process is at work on this cell (it holds {path})")
+            except OSError as error:
+                raise BadInput(f"cannot lock {path} ({error.strerror}): name a folder on a file system that has locks")
         yield
 
 
@@ -1300,10 +1327,10 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT, signal.SIGTERM]
+            watched = [signal.SIGINT, signal.SIGTERM]
             if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                numbers.append(signal.SIGHUP)
-            self.before = {number: signal.signal(number, self.handle) for number in numbers}
+                watched.append(signal.SIGHUP)
+            self.before = {number: signal.signal(number, self.handle) for number in watched}
         return self
 
     def __exit__(self, *_) -> None:
@@ -1555,7 +1582,9 @@ def read_record(path: Path) -> dict:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         whole = record["sha256"] == record_sha256(record)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise BadInput(f"{path} is broken or was edited: its sha256 does not fit; remove it, or run with --force")
@@ -1571,9 +1600,9 @@ def read_record(path: Path) -> dict:
 def makes_sense(record: dict) -> bool:
     """Whether what a report takes from a record is there, and of the right kind. May raise instead."""
     config, final, tsne_ = record["config"], record["final"], record.get("tsne")
-    numbers = [*(final[key] for key in (*TABULATED, "knn", "accuracy_heldout")), *final["profile"], final["untrained"]["accuracy"],
-               *(final["untrained"].get(key) for key in (*TABULATED, "knn"))]
-    return (all(value is None or type(value) in (int, float) and abs(value) < 1e6 for value in numbers) and len(final["profile"]) == 11
+    values = [*(final[key] for key in (*TABULATED, "knn", "accuracy_heldout")), *final["profile"], final["untrained"]["accuracy"],
+              *(final["untrained"].get(key) for key in (*TABULATED, "knn"))]
+    return (all(value is None or type(value) in (int, float) and abs(value) < 1e6 for value in values) and len(final["profile"]) == 11
             and config["loss"] in LOSSES and (config["tau"] is None or type(config["tau"]) is float)
             and all(type(value) is str for value in (config["preset"], config["dataset"], record["data"]["sha256"]))
             and all(type(value) is int and abs(value) < 2 ** 31 for value in (record["protocol_version"], config["seed"], record["data"]["train"]))
@@ -1589,7 +1618,7 @@ def environment(device: torch.device, bfloat16: bool) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {torch.backends.cpu.get_cpu_capability()}",
         "platform": f"{platform.system()} {platform.machine()}", "precision": "bfloat16" if bfloat16 else "float32",
         "python": platform.python_version(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        "torchvision": torchvision.__version__, "source_sha256": SOURCE_SHA256}
 
 
 def show(record: dict, path: Path) -> None:
@@ -1623,12 +1652,12 @@ def report(results: Path, preset: str | None = None) -> None:
     files: dict[Path, bytes] = {}
     for (name, dataset, version), rows in groups.items():
         title = f"preset {name}, dataset {dataset}, protocol version {version}"
-        numbers, verdicts = table(rows, results / name), claims_table(rows)
-        say(f"\n{title}\n\n{numbers}\n\n{verdicts}")
+        ours, verdicts = table(rows, results / name), claims_table(rows)
+        say(f"\n{title}\n\n{ours}\n\n{verdicts}")
         tables, claims = results / name / "TABLE.md", results / name / "CLAIMS.md"
         text.setdefault(tables, f"# Table 1, preset {name}: ours beside the paper's\n")
         text.setdefault(claims, f"# The paper's claims, preset {name}\n\n{NEEDS}")
-        text[tables] += f"\n## {title}\n\n{numbers}\n\n{caption(rows)}\n"
+        text[tables] += f"\n## {title}\n\n{ours}\n\n{caption(rows)}\n"
         text[claims] += f"\n## {title}\n\n{verdicts}\n"
         files |= {results / name / file: content for file, content in draw(rows, dataset, version).items()}
     readme = Path(__file__).with_name("README.md")
@@ -1654,7 +1683,7 @@ def read_groups(results: Path, preset: str | None = None) -> dict[tuple, Rows]:
         if path.parts[-3:-1] != key[:2] or key[2] == PROTOCOL_VERSION and path.stem != cell_path(Config(**config), key[1]).name:
             raise BadInput(f"{path} holds a record of another cell, or is a copy: move it away")
         sha256, first = images.setdefault((key, departs), (record["data"]["sha256"], path))
-        if sha256 != record["data"]["sha256"]:
+        if sha256 != record["data"]["sha256"] and key[1] != "shapes":  # which another kind of CPU rounds otherwise
             raise BadInput(f"{path} was run on other images than {first}: move one of them away, or rename its dataset's folder")
         group = groups.setdefault(key, {(loss, tau, ""): [] for loss, tau in CELLS})  # a cell without a record is shown as missing
         group.setdefault((config["loss"], config["tau"], departs), []).append((path, record))
@@ -1827,7 +1856,7 @@ def tsne(z: Tensor, labels: Tensor) -> dict | None:
         with threadpool_limits(1):  # another number of threads gives another picture
             # From a random start: the one by PCA crashes on embeddings that are all equal.
             places = TSNE(perplexity=min(30.0, len(z) / 4), init="random", random_state=0).fit_transform(z.cpu().numpy())  # (n, 2)
-    except Stop:
+    except Stop:  # a signal's
         raise
     except Exception as error:  # a picture must not cost a run its record
         say(f"no t-SNE for Fig. 2: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
@@ -1946,10 +1975,10 @@ def costs(folder: Path, home: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         try:
             p = json.loads(path.read_text(encoding="utf-8"))
-            numbers = [*(f"{p['parts_ms'][part]:.1f}" for part in PARTS), f"{p['step_ms']:.1f}", f"{p['network_ms']:.1f}",
-                       f"{p['step_over_network']:.3f}", f"{p['images_per_second']:.0f}", f"{p['peak_memory_mib']:.0f}",
+            columns = [*(f"{p['parts_ms'][part]:.1f}" for part in PARTS), f"{p['step_ms']:.1f}", f"{p['network_ms']:.1f}",
+                       f"{p['step_over_network']:.3f}", f"{p['images_per_second']:.0f}", f"{p['peak_memory_mib'] or math.nan:.0f}",
                        duration(3600 * p["training_hours"])]
-            lines.append(f"| [{path.stem}]({path.relative_to(home).as_posix()}) | {p['environment']['threads']} | {' | '.join(numbers)} |")
+            lines.append(f"| [{path.stem}]({path.relative_to(home).as_posix()}) | {p['environment']['threads']} | {' | '.join(columns)} |")
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, OSError):
             raise BadInput(f"{path} is not what --profile --json prints")
     return "\n".join(lines)
@@ -2031,7 +2060,7 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong use or bad input, 3 another process is at
-    work on the cell, 130 interrupted, 143 terminated."""
+    work on the cell, 129 hung up, 130 interrupted, 143 terminated."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
@@ -2054,20 +2083,23 @@ def main(argv: list[str] | None = None) -> int:
                 train(config)
                 return 0
             figures = profile(config)
-        print(json.dumps(figures, indent=1)) if as_json else show_profile(figures)
+        if as_json:
+            print(json.dumps(figures, indent=1))
+        else:
+            show_profile(figures)
         return 0
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except Stop as stop:
         complaint, status = str(stop), stop.status
     except NotFinite as error:
-        complaint, status = f"the loss is not finite: {error}", 1
+        complaint, status = f"not finite: {error}", 1
     except KeyboardInterrupt:
         complaint, status = "interrupted", 130
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # a GPU's, a CPU's
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):  # a GPU's, a CPU's
             raise
-        complaint, status = f"out of memory: {str(error).splitlines()[0]}", 1
+        complaint, status = f"out of memory: {str(error) or 'no more to be had'}".splitlines()[0], 1
     except OSError as error:
         complaint, status = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
     print("ctl.py: " + " ".join(complaint.split()), file=sys.stderr)

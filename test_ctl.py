@@ -708,14 +708,14 @@ def test_uniformity_is_the_slow_loop_across_blocks(n, d, seed, t_, block):
     x = z.tolist()
     pairs = [math.exp(-t_ * math.fsum((a - b) ** 2 for a, b in zip(x[i], x[j]))) for i in range(n) for j in range(i)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ctl, "BLOCK", block)
+        patch.setattr(ctl, "ROWS", block)
         found = ctl.uniformity(z, t_)
     assert abs(found + math.log(mean(pairs))) <= 1e-11
     assert found <= 2 * t_ * n / (n - 1) + 1e-11
 
 
 def test_uniformity_across_the_real_block():
-    z = sphere(ctl.BLOCK + 3, 4)
+    z = sphere(ctl.ROWS + 3, 4)
     s = (z @ z.T)[tuple(torch.triu_indices(len(z), len(z), 1))]
     assert abs(ctl.uniformity(z) + math.log(torch.exp(4 * (s - 1)).mean())) <= 1e-12
 
@@ -764,7 +764,7 @@ def test_similarity_profile_is_the_slow_loop(n, m, top, block, seed):
     z, bank = sphere(n, 5, seed), sphere(m, 5, seed // 2 + 1)
     own = torch.randint(m, (n,), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ctl, "BLOCK", block)
+        patch.setattr(ctl, "ROWS", block)
         found = ctl.similarity_profile(z, bank, own, top)
     assert found.shape == (1 + top,) and found.dtype == torch.float64
     lines = []
@@ -789,7 +789,7 @@ def test_knn_is_the_slow_loop(n, m, k, temperature, block, seed):
             votes[train_y[j]] += math.exp(s[j] / temperature)
         right += votes.index(max(votes)) == y
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ctl, "BLOCK", block)
+        patch.setattr(ctl, "ROWS", block)
         assert ctl.knn_accuracy(train, train_y, test, test_y, k, temperature) == pytest.approx(100 * right / m, abs=1e-9)
 
 
@@ -1635,7 +1635,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_record(undisturbed):
+def test_record(undisturbed, monkeypatch):
     text = (undisturbed / "results" / f"{CELL}.json").read_text()
     r = json.loads(text)
     assert {"config", "protocol_version", "environment", "history", "final", "timing", "sha256", "data"} == r.keys()
@@ -1645,6 +1645,9 @@ def test_record(undisturbed):
     assert r["data"]["train"] == 100 and r["data"]["test"] == 100 and r["protocol_version"] == ctl.PROTOCOL_VERSION
     assert r["timing"].keys() == {"seconds"} and r["timing"]["seconds"] > 0
     assert {"device", "threads", "torch", "torchvision", "python", "source_sha256"} <= r["environment"].keys()
+    monkeypatch.setattr(ctl, "__file__", os.devnull)  # edited while a run lasts
+    assert ctl.environment(torch.device("cpu"), False)["source_sha256"] == r["environment"]["source_sha256"]
+    monkeypatch.undo()
     assert r["environment"]["source_sha256"] == hashlib.sha256(Path(ctl.__file__).read_bytes()).hexdigest()
     metrics = {"accuracy", "accuracy_heldout", "knn", "uniformity", "tolerance", "alignment", "profile"}
     assert r["final"].keys() == metrics | {"untrained"} and r["final"]["untrained"].keys() == metrics
@@ -1883,6 +1886,16 @@ def test_force_goes_on_from_its_own_checkpoint(undisturbed, cli, monkeypatch):
     assert "going on from" not in cli(*SMOKE, "--force")[1]  # a checkpoint of a run that was not forced is not what is asked for
 
 
+def test_force_that_is_broken_off_while_it_evaluates(undisturbed, cli, monkeypatch):
+    assert cli(*SMOKE)[0] == 0
+    evaluate = ctl.evaluate
+    monkeypatch.setattr(ctl, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) if CHECKPOINT.with_suffix(".previous").exists() else evaluate(*args))
+    assert cli(*SMOKE, "--force")[0] == 143
+    monkeypatch.setattr(ctl, "evaluate", evaluate)
+    status, out, _ = cli(*SMOKE, "--force")
+    assert status == 0 and "trained, to be evaluated" in out and "epoch    1" not in out
+
+
 def test_images_per_second_are_of_the_images(cli, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(ctl.time, "perf_counter", lambda: float(next(ticks)))
@@ -1907,6 +1920,46 @@ def test_fallback_is_no_way_around_bad_input(cli, monkeypatch):
     assert status == 0 and "NOTICE" in out and "afile" in out
     status, out, err = cli("--preset", "mini", "--data", "afile", "--dataset", "cifar10")
     assert status == 0  # train is not run here: the data set is named outright
+
+
+def test_out_of_memory_in_python(cli, monkeypatch):
+    monkeypatch.setattr(ctl, "pick_device", lambda name: bytes(10 ** 18))
+    status, _, err = cli(*SMOKE)
+    assert status == 1 and err.startswith("ctl.py: out of memory") and err.count("\n") == 1
+
+
+def test_a_file_system_without_locks(cli, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(ctl.fcntl, "flock", flock)
+    status, _, err = cli(*SMOKE)
+    assert status == 2 and "No locks available" in err and err.count("\n") == 1
+
+
+def test_two_writers_of_one_file_with_one_process_number(tmp_path, monkeypatch):
+    replace, path = os.replace, tmp_path / "file"
+
+    def meanwhile(*args):
+        monkeypatch.setattr(ctl.os, "replace", replace)
+        ctl.write_whole(path, b"theirs")  # as from another machine
+        replace(*args)
+
+    monkeypatch.setattr(ctl.os, "replace", meanwhile)
+    ctl.write_whole(path, b"ours")
+    assert path.read_bytes() == b"ours" and os.listdir(tmp_path) == ["file"]
+
+
+def test_only_cuda_copies_without_waiting():
+    class Spy:
+        def to(self, device, non_blocking):
+            return device, non_blocking
+    assert [ctl.to_device(Spy(), device) for device in ("cpu", "mps", "cuda:1")] == [("cpu", False), ("mps", False), ("cuda:1", True)]
+
+
+def test_auto_is_no_emulated_bfloat16(monkeypatch):
+    for has in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has)
+        assert ctl.in_bfloat16(ctl.make_config("smoke"), torch.device("cuda")) == has
 
 
 def test_lock(cli):
@@ -2524,6 +2577,8 @@ def test_costs(cli, monkeypatch, tmp_path):
     cells = [cell.strip() for cell in lines[4].strip("|").split("|")]
     assert cells[0] == "[tiny](results/profile/tiny.json)" and cells[1] == "1" and cells[2] == f"{p['parts_ms']['augmentation']:.1f}"
     assert cells[8:12] == [f"{p['step_ms']:.1f}", f"{p['network_ms']:.1f}", f"{p['step_over_network']:.3f}", f"{p['images_per_second']:.0f}"]
+    Path("results/profile/tiny.json").write_text(json.dumps({**p, "peak_memory_mib": None}))  # as Windows has it
+    assert "| nan |" in ctl.fill_in(text, tmp_path / "results")
     Path("results/profile/tiny.json").write_text(out.replace("step_ms", "steps"))
     with pytest.raises(ctl.BadInput, match="tiny.json"):
         ctl.fill_in(text, tmp_path / "results")
@@ -2636,6 +2691,29 @@ def test_runs_on_other_images_are_not_averaged(cli):
     path.write_text(json.dumps(record))
     status, _, err = cli("--report")
     assert status == 2 and str(path) in err and "other images" in err and err.count("\n") == 1
+
+
+def test_shapes_may_be_rounded_otherwise_on_another_machine(cli):
+    assert cli(*SMOKE)[0] == 0
+    path = Path("results", f"{CELL}.json")
+    record = json.loads(path.read_text())
+    record["data"]["sha256"] = "1"
+    record["sha256"] = ctl.record_sha256(record)
+    path.write_text(json.dumps(record))
+    status, out, _ = cli(*SMOKE)
+    assert status == 0 and "is there already" in out
+    assert cli(*SMOKE, "--seed", "1")[0] == 0 and cli("--report")[0] == 0
+    wanted = {"config": record["config"], "protocol_version": 1, "data": "2"}
+    ctl.refuse_other(path, record, wanted)
+    wanted["config"] = {**record["config"], "dataset": "cifar10"}
+    with pytest.raises(ctl.BadInput, match="data is 1 there, 2 here"):
+        ctl.refuse_other(path, {**record, "config": wanted["config"]}, wanted)
+
+
+def test_a_record_that_cannot_be_read(cli):
+    Path("results/mini/cifar10/simple_seed0.json").mkdir(parents=True)
+    status, _, err = cli("--report")
+    assert status == 2 and "cannot read" in err and err.count("\n") == 1
 
 
 def test_a_strange_environment(house):
