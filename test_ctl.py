@@ -1088,7 +1088,7 @@ def test_augment_is_torchvisions(seed, size):
 
 
 def test_augment_is_near_the_pil_pipeline():
-    """Which rounds to 256 levels after every step, the hue to 256 too: README's figure, 1.4 levels in the mean on CIFAR-10."""
+    """Which rounds to 256 levels after every step, the hue to 256 too: README says, less than 2 levels in the mean."""
     x = shapes().train_images[:300]
     a = ctl.draw_augmentation(len(x), torch.Generator().manual_seed(0))
     levels = 255 * (ctl.augment(x, a) - reference(x, a, TF.to_pil_image, TF.to_tensor)).abs()
