@@ -67,7 +67,7 @@ except ImportError:  # Windows has neither: there two runs of one cell are not k
     fcntl = resource = None
 
 SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # now: the file may be edited while a run lasts
-PROTOCOL_VERSION = 1  # goes up when the same command would give other results; versions are never averaged
+PROTOCOL_VERSION = 1  # goes up when the same settings would give other results; versions are never averaged
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -798,7 +798,7 @@ class Config:
     size: int = setting(32, "height and width of the images", "paper, 5.1")
     width: int = setting(64, "channels of the first stage of ResNet-18", "paper, 5.1")
     dim: int = setting(128, "dimensions of the embedding", "paper, 5.1")
-    lr: float = setting(0.03, "learning rate", "paper, 5.1")
+    lr: float = setting(0.03, "learning rate", "paper, 5.1; mini: so that all tau settle in its few steps (README)")
     momentum: float = setting(0.9, "of SGD", "paper, 5.1")
     weight_decay: float = setting(5e-4, "of SGD, on all parameters", "paper, 5.1")
     schedule: str = setting("step", "of the learning rate: times gamma at the milestones, or cosine to 0", "paper, 5.1",
@@ -883,14 +883,14 @@ class Config:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["study"]}
 
 
-MINI = dict(epochs=60, batch_size=64, width=16, schedule="cosine", warmup=3.0, bank_init="embeddings", alpha=0.0819,
+MINI = dict(epochs=60, batch_size=64, width=16, lr=0.1, schedule="cosine", warmup=3.0, bank_init="embeddings", alpha=0.0819,
             subset=5000, probe_lr=0.3)
 PRESETS = {
     "paper": {},
     "mini": MINI,
     "quick": {**MINI, "dataset": "shapes", "size": 24, "width": 8, "subset": 500, "test_subset": 1000, "batch_size": 16,
               "epochs": 160, "lr": 0.01, "eval_every": 0},
-    "smoke": {**MINI, "dataset": "shapes", "epochs": 3, "batch_size": 16, "width": 4, "dim": 16, "warmup": 1.0, "subset": 100,
+    "smoke": {**MINI, "dataset": "shapes", "epochs": 3, "batch_size": 16, "width": 4, "dim": 16, "lr": 0.03, "warmup": 1.0, "subset": 100,
               "test_subset": 100, "eval_every": 2},
 }
 
