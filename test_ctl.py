@@ -1564,7 +1564,7 @@ def test_presets():
         0.03, 0.9, 5e-4, (160, 190), 0.5, "random", True)
     mini = ctl.make_config("mini", loss="hard")
     assert (mini.subset, mini.width, mini.batch_size, mini.epochs, mini.schedule, mini.lr, mini.warmup, mini.alpha, mini.bank_init,
-            mini.k) == (5000, 16, 64, 60, "cosine", 0.03, 3.0, 0.0819, "embeddings", None)
+            mini.k) == (5000, 16, 64, 60, "cosine", 0.1, 3.0, 0.0819, "embeddings", None)
     assert ctl.make_config("mini").alpha is None and ctl.make_config("mini", loss="hard", k=7).alpha is None
     assert ctl.make_config("paper", loss="hard").k == 4095 and ctl.make_config("paper", loss="simple").tau is None
     assert ctl.make_config("smoke", epochs=9).epochs == 9 and ctl.make_config("smoke").dataset == "shapes"
@@ -1584,10 +1584,10 @@ def test_learning_rate():
         assert ctl.learning_rate(paper, at) == pytest.approx(lr)
     mini = ctl.make_config("mini")
     assert ctl.learning_rate(mini, 0) == 0 and ctl.learning_rate(mini, 60) == pytest.approx(0)
-    assert ctl.learning_rate(mini, 30) == pytest.approx(0.015)
-    assert ctl.learning_rate(mini, 1.5) == pytest.approx(0.03 * 0.5 * (1 + math.cos(math.pi * 1.5 / 60)) / 2)
-    assert ctl.learning_rate(mini, 3) == pytest.approx(0.03 * (1 + math.cos(math.pi * 3 / 60)) / 2)
-    assert ctl.learning_rate(ctl.make_config("mini", warmup=0.0), 0) == 0.03
+    assert ctl.learning_rate(mini, 30) == pytest.approx(0.05)
+    assert ctl.learning_rate(mini, 1.5) == pytest.approx(0.1 * 0.5 * (1 + math.cos(math.pi * 1.5 / 60)) / 2)
+    assert ctl.learning_rate(mini, 3) == pytest.approx(0.1 * (1 + math.cos(math.pi * 3 / 60)) / 2)
+    assert ctl.learning_rate(ctl.make_config("mini", warmup=0.0), 0) == 0.1
     rates = [ctl.learning_rate(mini, 3 + i / 10) for i in range(570)]
     assert rates == sorted(rates, reverse=True)
 
