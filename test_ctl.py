@@ -1893,7 +1893,10 @@ def test_force_that_is_broken_off_while_it_evaluates(undisturbed, cli, monkeypat
     assert cli(*SMOKE, "--force")[0] == 143
     monkeypatch.setattr(ctl, "evaluate", evaluate)
     status, out, _ = cli(*SMOKE, "--force")
-    assert status == 0 and "trained, to be evaluated" in out and "epoch    1" not in out
+    assert status == 0 and "trained, to be evaluated" in out and "epoch    1" not in out and "about 0 s of training" in out
+    for path in Path("results").rglob("*.json"):
+        path.unlink()
+    assert "going on from" not in cli(*SMOKE, "--force")[1]  # that one has left its record: asked again, it is run again
 
 
 def test_images_per_second_are_of_the_images(cli, monkeypatch):
@@ -1922,10 +1925,19 @@ def test_fallback_is_no_way_around_bad_input(cli, monkeypatch):
     assert status == 0  # train is not run here: the data set is named outright
 
 
-def test_out_of_memory_in_python(cli, monkeypatch):
-    monkeypatch.setattr(ctl, "pick_device", lambda name: bytes(10 ** 18))
-    status, _, err = cli(*SMOKE)
-    assert status == 1 and err.startswith("ctl.py: out of memory") and err.count("\n") == 1
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("no"), torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), RuntimeError("MPS backend out of memory")])
+@pytest.mark.parametrize("where", [(ctl, "pick_device"), (ctl.Image, "open")])
+def test_out_of_memory(error, where, cli, monkeypatch, tmp_path):
+    def fail(*_):
+        raise error
+    if where[0] is ctl.Image:
+        make_folder(tmp_path / "images")
+    monkeypatch.setattr(*where, fail)
+    status, _, err = cli("--preset", "smoke", "--threads", "1", "--dataset", "images" if where[0] is ctl.Image else "shapes")
+    if where[0] is ctl.Image and not isinstance(error, MemoryError):  # then it's the file's fault
+        assert status == 2
+    else:
+        assert status == 1 and err.startswith("ctl.py: out of memory") and err.count("\n") == 1
 
 
 def test_a_file_system_without_locks(cli, monkeypatch):
@@ -1933,7 +1945,7 @@ def test_a_file_system_without_locks(cli, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(ctl.fcntl, "flock", flock)
     status, _, err = cli(*SMOKE)
-    assert status == 2 and "No locks available" in err and err.count("\n") == 1
+    assert status == 1 and "No locks available" in err and err.count("\n") == 1
 
 
 def test_two_writers_of_one_file_with_one_process_number(tmp_path, monkeypatch):
@@ -1990,7 +2002,7 @@ def test_no_room_to_write(cli):
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_train_step(bfloat16):
+def test_train_step(bfloat16, monkeypatch):
     config = ctl.make_config("smoke", tau=0.2)
     torch.manual_seed(0)
     model = ctl.ResNet18(4, 16)
@@ -2009,7 +2021,10 @@ def test_train_step(bfloat16):
         seen["gradient"] = [p.grad.clone() for p in model.parameters()]
         return step()
     optimiser.step = spy
+    copies, copy = [], ctl.to_device
+    monkeypatch.setattr(ctl, "to_device", lambda *args: copies.append(args) or copy(*args))
     loss = ctl.train_step(model, bank, optimiser, images, index, drawn, config, None, bfloat16)
+    assert len(copies) == 6  # the index, and the five parts of what is drawn
     assert loss.shape == () and loss.dtype == torch.float32 and not loss.requires_grad
     assert seen["dtype"] == (torch.bfloat16 if bfloat16 else torch.float32) and seen["z"].dtype == torch.float32
     assert torch.equal(seen["views"], ctl.normalise(ctl.augment(images[index], drawn)))
@@ -2578,7 +2593,7 @@ def test_costs(cli, monkeypatch, tmp_path):
     assert cells[0] == "[tiny](results/profile/tiny.json)" and cells[1] == "1" and cells[2] == f"{p['parts_ms']['augmentation']:.1f}"
     assert cells[8:12] == [f"{p['step_ms']:.1f}", f"{p['network_ms']:.1f}", f"{p['step_over_network']:.3f}", f"{p['images_per_second']:.0f}"]
     Path("results/profile/tiny.json").write_text(json.dumps({**p, "peak_memory_mib": None}))  # as Windows has it
-    assert "| nan |" in ctl.fill_in(text, tmp_path / "results")
+    assert "| – |" in ctl.fill_in(text, tmp_path / "results")
     Path("results/profile/tiny.json").write_text(out.replace("step_ms", "steps"))
     with pytest.raises(ctl.BadInput, match="tiny.json"):
         ctl.fill_in(text, tmp_path / "results")
@@ -2705,6 +2720,8 @@ def test_shapes_may_be_rounded_otherwise_on_another_machine(cli):
     assert cli(*SMOKE, "--seed", "1")[0] == 0 and cli("--report")[0] == 0
     wanted = {"config": record["config"], "protocol_version": 1, "data": "2"}
     ctl.refuse_other(path, record, wanted)
+    with pytest.raises(ctl.BadInput, match="data is 1 there, 2 here"):  # a run goes on with the same pixels or not at all
+        ctl.refuse_other(path, {**record, "data": "1"}, wanted)
     wanted["config"] = {**record["config"], "dataset": "cifar10"}
     with pytest.raises(ctl.BadInput, match="data is 1 there, 2 here"):
         ctl.refuse_other(path, {**record, "config": wanted["config"]}, wanted)
