@@ -1892,6 +1892,7 @@ def test_force_that_is_broken_off_while_it_evaluates(undisturbed, cli, monkeypat
     monkeypatch.setattr(ctl, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) if CHECKPOINT.with_suffix(".previous").exists() else evaluate(*args))
     assert cli(*SMOKE, "--force")[0] == 143
     monkeypatch.setattr(ctl, "evaluate", evaluate)
+    monkeypatch.setattr(ctl, "seconds_per_step", lambda *_: 10.0)
     status, out, _ = cli(*SMOKE, "--force")
     assert status == 0 and "trained, to be evaluated" in out and "epoch    1" not in out and "about 0 s of training" in out
     for path in Path("results").rglob("*.json"):
