@@ -295,7 +295,8 @@ def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tenso
     classes, right = 1 + max(train_y.max().item(), test_y.max().item()), 0
     for z, y in zip(test_z.split(ROWS), test_y.split(ROWS)):
         s, neighbour = (z @ train_z.T).topk(min(k, len(train_z)), dim=1)  # (b, k)
-        votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], torch.exp((s - 1) / temperature))  # s - 1: scales all votes alike, and can not overflow
+        weight = torch.exp((s - 1) / temperature)  # s - 1: scales all votes alike, and can not overflow
+        votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], weight)
         right += (votes.argmax(dim=1) == y).sum().item()
     return 100 * right / len(test_y)
 
@@ -568,9 +569,9 @@ SHAPES = ("disk", "ring", "crescent", "square", "frame", "triangle", "star", "cr
 
 
 def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
-    """Ten classes of shape, made by code, always the same, up to a pixel that another kind of CPU rounds differently. An image is papered with one shape,
-    light and dark pieces in turn, so that a crop of it still shows which, and neither colour nor mean brightness tells. All else is nuisance:
-    position, size, rotation, the colours, a texture behind, from coarse to fine, and noise."""
+    """Ten classes of shape, made by code, always the same, up to a pixel that another kind of CPU rounds differently. An image is
+    papered with one shape, light and dark pieces in turn, so that a crop of it still shows which, and neither colour nor mean brightness
+    tells. All else is nuisance: position, size, rotation, the colours, a texture behind, from coarse to fine, and noise."""
     n, random = train + test, torch.Generator().manual_seed(0)
 
     def uniform(low: float, high: float, channels: int = 1) -> Tensor:
@@ -1715,8 +1716,10 @@ def table(rows: Rows, folder: Path) -> str:
                 cells.append(str(paper.get(key) or "–"))
         return f"| {' | '.join([*cells, links])} |"
 
-    head = ["loss", "τ", *(name for key, title, _ in columns for name in (title, "paper")[:1 + (key in beside)]), "records"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    head = ["loss", "τ"]
+    for key, title, _ in columns:
+        head += [title, "paper"] if key in beside else [title]
+    lines = [f"| {' | '.join([*head, 'records'])} |", "|---" * (len(head) + 1) + "|"]
     untrained = {}  # by seed: all its cells start from the same network
     for (loss, tau, departs), runs in rows.items():
         links = [f"[{record['config']['seed']}]({path.relative_to(folder).as_posix().replace(' ', '%20')})" for path, record in runs]
