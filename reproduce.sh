@@ -4,7 +4,7 @@
 #   bash reproduce.sh quick       the ten cells, small, on images made by code: ten minutes on two CPU cores, no download
 #   bash reproduce.sh test        the tests
 # Options:
-#   --preset P          paper, mini, quick or smoke          [paper where there is a GPU, else mini]
+#   --preset P          paper, narrow, mini, quick or smoke  [paper where there is a GPU, else mini]
 #   --datasets "A B"    [cifar10 cifar100 svhn]; of these defaults, one that can't be had is left out, and that is said
 #   --losses "A B"      [contrastive hard simple hard-simple]
 #   --taus "A B"        of the losses that have a temperature [0.07 0.3 0.7 1.0]
@@ -103,7 +103,7 @@ except ctl.Stop as error: sys.exit("left out: " + str(error))' "$dataset"; then 
         if [ -z "$reachable" ]; then echo "None of the data sets can be had: this runs on 'shapes', images made by code."; fi
     fi
     count=$(cells | share | wc -l)
-    case "$preset" in paper) hours=0.15 ;; mini) hours=0.25 ;; quick) hours=0.03 ;; *) hours=0.003 ;; esac
+    case "$preset" in paper) hours=0.15 ;; narrow) hours=2.5 ;; mini) hours=0.25 ;; quick) hours=0.03 ;; *) hours=0.003 ;; esac
     echo "plan: $((count)) cells of preset $preset on$(printf ' %s' $datasets), $seeds seed(s), $jobs at once on $([ "$gpus" -gt 0 ] && echo "$gpus GPU(s)" || echo "the CPU");" \
         "estimate: $(awk "BEGIN { printf \"%.1f\", $count * $hours / ($jobs < $count ? $jobs : $count + ($count == 0)) }") hours, less what is done already"
     if [ "$count" -eq 0 ]; then return 0; fi # an array of more tasks than cells
@@ -146,7 +146,7 @@ done
 for name in seeds jobs per_gpu; do
     [ "$name" = jobs ] && [ -z "$jobs" ] || [[ "${!name}" =~ ^[1-9][0-9]{0,5}$ ]] || stop "--${name/_/-} must be a whole number above 0, not ${!name}"
 done
-[[ "$preset" =~ ^(|paper|mini|quick|smoke)$ ]] || stop "--preset must be paper, mini, quick or smoke, not $preset"
+[[ "$preset" =~ ^(|paper|narrow|mini|quick|smoke)$ ]] || stop "--preset must be paper, narrow, mini, quick or smoke, not $preset"
 for loss in $losses; do
     [[ "$loss" =~ ^(contrastive|hard|simple|hard-simple|triplet)$ ]] || stop "--losses: there is no loss $loss"
 done
