@@ -1,154 +1,127 @@
 #!/usr/bin/env bash
-# Sets up and runs, from any folder, as often as you like; what is done is skipped, what was broken off goes on:
-#   bash reproduce.sh [OPTION…]   every cell of Table 1, then the report: tables, figures, verdicts in results/
-#   bash reproduce.sh quick       the ten cells, small, on images made by code: ten minutes on two CPU cores, no download
-#   bash reproduce.sh test        the tests
-# Options:
-#   --preset P          paper, narrow, mini, quick or smoke  [paper where there is a GPU, else mini]
-#   --datasets "A B"    [cifar10 cifar100 svhn]; of these defaults, one that can't be had is left out, and that is said
-#   --losses "A B"      [contrastive hard simple hard-simple]
-#   --taus "A B"        of the losses that have a temperature [0.07 0.3 0.7 1.0]
-#   --seeds N           seeds 0 … N-1                         [$SEEDS, or 3]
-#   --jobs N            runs at once      [a CPU: one a core, one thread each; GPUs: --per-gpu times their number]
-#   --per-gpu N         runs at once on each GPU              [3]
-#   --results DIR       where records are or go               [results; those that came with it count as done]
-#   --dry-run           print the plan and each command, train nothing
-#   -- …                all that follows goes to ctl.py, for example  -- --match-step
-# As a Slurm array, each task takes its share of the cells:  sbatch --array=0-7 --gres=gpu:1 reproduce.sh
+# Sets up and runs the study. Call it as often as you like: what is done is skipped, what was broken off goes on.
+#   bash reproduce.sh [OPTION…]   the cells of Table 1, then the report: tables, figures, verdicts
+#   bash reproduce.sh quick       the same, small, on images made by code: ten minutes on two CPU cores, no download
+#   bash reproduce.sh test …      the tests, on all cores; what follows goes to pytest
+#   sbatch --array=0-7 --gres=gpu:1 reproduce.sh [OPTION…]   each task of the Slurm array takes its share of the cells
+# Options; relative paths start at the folder of this file:
+#   --preset P        paper, narrow, mini, quick or smoke  [paper where there is a GPU, else mini]
+#   --datasets "A B"  names or folders, or one folder with spaces in its name
+#                     [cifar10 cifar100 svhn, as far as they can be had; quick and smoke: shapes]
+#   --losses "A B"    [contrastive hard simple hard-simple]
+#   --taus "A B"      of the losses that have a temperature  [0.07 0.3 0.7 1.0]
+#   --seeds N         seeds 0 … N-1  [$SEEDS, or 3; quick: 1]
+#   --jobs N          runs at once  [$JOBS, or three on each GPU; without one, one a core with one thread each]
+#   --data DIR        where downloads are or go  [data]
+#   --results DIR     where records are or go; those that are there count as done  [results]
+#   --dry-run         print the plan and each command, train nothing
+#   -- …              all that follows goes to ctl.py, for example  -- --match-step
 # The first call makes .venv beside this file (PYTHON names the interpreter; 3.10 or later).
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euf -o pipefail
-unset CDPATH
-cd "$(dirname "${BASH_SOURCE[0]}")"
-if [ ! -e ctl.py ] && [ -n "${SLURM_SUBMIT_DIR:-}" ]; then cd "$SLURM_SUBMIT_DIR"; fi # Slurm runs a copy of this file
-if [ ! -e ctl.py ]; then echo "reproduce.sh: ctl.py is not beside it: run it from where it belongs" >&2; exit 2; fi
-# glibc keeps freed memory: a step takes less time (results/SPEED.md); results don't change.
-export MALLOC_TOP_PAD_=134217728 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
+trap 'exit 130' INT
+stop() { echo "reproduce.sh: $1 (--help lists the options)" >&2; exit 2; }
+check() { [[ "$2" =~ ^($3)$ ]] || stop "--$1 can't be '$2'"; }
+# nproc alone would take OpenMP's number of threads for the number of cores.
+cores() { echo "${SLURM_CPUS_PER_TASK:-$(env -u OMP_NUM_THREADS nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)}"; }
 
-usage() { sed -n '2,20s/^# \{0,1\}//p' reproduce.sh; }
-stop() { echo "reproduce.sh: $1" >&2; exit 2; }
+CDPATH="" cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+[ -e ctl.py ] || cd "${SLURM_SUBMIT_DIR:-.}" # Slurm runs a copy of this file
+[ -e ctl.py ] || stop "ctl.py is not beside it"
+mkdir -p runs
 
-set_up() {
-    local base="${PYTHON:-python3}"
-    mkdir -p runs
-    exec 9> runs/.set-up.lock # tasks that start together set up one after the other
-    if command -v flock > /dev/null; then flock 9; fi
+set_up() (
+    if command -v flock > /dev/null; then flock 9; fi # tasks that start together set up one after the other
     if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
-        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-            stop "$base is not Python 3.10 or later: name one with PYTHON=…"
-        "$base" -m venv --clear .venv
+        command -v "${PYTHON:=python3}" > /dev/null || stop "PYTHON: no such interpreter: $PYTHON"
+        "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || stop "PYTHON: $PYTHON is older than 3.10"
+        "$PYTHON" -m venv --clear .venv
     fi
     if ! cmp -s requirements.txt .venv/installed.txt; then
         echo "installing requirements.txt into .venv"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
         cp requirements.txt .venv/installed.txt
     fi
-    exec 9>&-
-}
+) 9> runs/.set-up.lock
 
-# The cells, a line each, one seed of everything first.
+# The cells of this task, a line each, one seed of everything first. The line ends with where it runs: on a CPU with one
+# thread, as two runs at once get more images through than one run with two.
 cells() {
-    local seed dataset loss tau
-    for ((seed = 0; seed < seeds; seed++)); do
-        for dataset in $datasets; do
-            for loss in $losses; do
-                case "$loss" in
-                    contrastive | hard) for tau in $taus; do echo "--dataset $dataset --loss $loss --tau $tau --seed $seed"; done ;;
-                    *) echo "--dataset $dataset --loss $loss --seed $seed" ;;
-                esac
-            done
-        done
-    done
+    for ((seed = 0; seed < seeds; seed++)); do for name in "${datasets[@]}"; do for loss in $losses; do
+        if [[ "$loss" =~ ^(contrastive|hard)$ ]]; then set -- $taus; else set -- ""; fi
+        for tau; do printf -- '--loss %s%s --seed %s --dataset %q\n' "$loss" "${tau:+ --tau $tau}" "$seed" "$name"; done
+    done; done; done | awk -v shares="$shares" -v share="$share" -v gpus="$gpus" 'NR % shares == share {
+        print $0 (gpus > 0 ? " --device cuda:" n++ % gpus : " --device cpu --threads 1") }'
 }
 
-# Of all cells, a line each, those of this task of a Slurm array.
-share() {
-    local step="${SLURM_ARRAY_TASK_STEP:-1}"
-    awk -v count="${SLURM_ARRAY_TASK_COUNT:-1}" -v task=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / step)) \
-        'NR % count == task % count'
-}
-
-# Before each cell a line that says where it runs. On a CPU with one thread: two runs at once get more images through than one
-# run with two (README, Cost and time).
-place() { awk -v gpus="$gpus" '{ print (gpus > 0 ? "--device cuda:" NR % gpus : "--device cpu --threads 1"); print }'; }
-
-# One cell: where it runs, and its arguments. A failing one doesn't stop the others.
+# One that fails stops no other.
 run_cell() {
-    local log="$logs/$(tr -cs 'a-zA-Z0-9.-' _ <<< "$2$more").log" status=0 extra
-    eval "extra=($more)" # quoted by printf %q below
-    # shellcheck disable=SC2086
-    .venv/bin/python ctl.py --preset "$preset" --results "$results" $1 $2 ${extra[@]+"${extra[@]}"} > "$log" 2>&1 || status=$?
+    local cell="${1% --device *}" log status=0
+    log="$logs/$(printf %s "${cell//--/}${more//--/}" | tr -cs 'a-zA-Z0-9.-' _ | cut -c 1-200).log"
+    echo "start   $cell"
+    eval ".venv/bin/python ctl.py $common $1$more" >> "$log" 2>&1 || status=$?
     case "$status" in
-        0) if grep -q "is there already" "$log"; then echo "there   $2 (its record is in $results already)"; else echo "done    $2"; fi ;;
-        3) echo "busy    $2 (another process is at work on it)" ;;
-        *) echo "FAILED  $2 (status $status)"; echo "$2|$log" >> "$failed"; return 1 ;;
+        0) echo "done    $cell ($(tail -n 9 "$log" | grep -o "is there already" || echo "$((SECONDS / 60)) min"))" ;;
+        3) echo "busy    $cell (another process is at work on it)" ;;
+        130) return 1 ;; # interrupted
+        *) printf '%s\n' "FAILED  $cell (status $status), the end of $log:" "$(tail -n 5 "$log")" >&2; return 1 ;;
     esac
 }
 
-table() {
-    local status=0 dataset reachable="" count hours
-    gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
-    if [ -z "$preset" ]; then
-        preset=$([ "$gpus" -gt 0 ] && echo paper || echo mini)
-        if [ "$preset" = mini ]; then echo "There is no GPU: this runs the mini preset (5,000 images, 60 epochs), not the paper's protocol."; fi
-    fi
-    if [ -z "$jobs" ]; then jobs=$([ "$gpus" -gt 0 ] && echo $((gpus * per_gpu)) || getconf _NPROCESSORS_ONLN); fi
-    if [ -z "$datasets" ]; then
-        for dataset in cifar10 cifar100 svhn; do
-            if [ -n "$dry" ] || .venv/bin/python -c '
-import sys, ctl
-try: ctl.load_dataset(sys.argv[1])
-except ctl.Stop as error: sys.exit("left out: " + str(error))' "$dataset"; then reachable="$reachable $dataset"; fi
-        done
-        datasets="${reachable:-shapes}"
-        if [ -z "$reachable" ]; then echo "None of the data sets can be had: this runs on 'shapes', images made by code."; fi
-    fi
-    count=$(cells | share | wc -l)
-    case "$preset" in paper) hours=0.15 ;; narrow) hours=2.5 ;; mini) hours=0.25 ;; quick) hours=0.03 ;; *) hours=0.003 ;; esac
-    echo "plan: $((count)) cells of preset $preset on$(printf ' %s' $datasets), $seeds seed(s), $jobs at once on $([ "$gpus" -gt 0 ] && echo "$gpus GPU(s)" || echo "the CPU");" \
-        "estimate: $(awk "BEGIN { printf \"%.1f\", $count * $hours / ($jobs < $count ? $jobs : $count + ($count == 0)) }") hours, less what is done already"
-    if [ "$count" -eq 0 ]; then return 0; fi # an array of more tasks than cells
-    if [ -n "$dry" ]; then
-        cells | share | place | paste -d ' ' - - | while IFS= read -r line; do
-            printf '.venv/bin/python ctl.py --preset %s --results %q %s%s\n' "$preset" "$results" "$line" "$more"
-        done
-        return 0
-    fi
-    logs="runs/logs" failed="runs/logs/failed-${SLURM_ARRAY_TASK_ID:-0}.txt"
-    mkdir -p "$logs"
-    export -f run_cell
-    export preset results more logs failed
-    rm -f "$failed"
-    cells | share | place | tr '\n' '\0' | xargs -0 -n 2 -P "$jobs" bash -c 'set -uo pipefail; run_cell "$1" "$2"' cell || status=1
-    .venv/bin/python ctl.py --report --results "$results" --preset "$preset" || status=1
-    if [ -e "$failed" ]; then
-        while IFS='|' read -r cell log; do printf '\nFAILED %s, the end of %s:\n' "$cell" "$log"; tail -n 5 "$log"; done < "$failed" >&2
-    fi
-    return "$status"
-}
-
-preset="" datasets="" losses="contrastive hard simple hard-simple" taus="0.07 0.3 0.7 1.0" seeds="${SEEDS:-3}" jobs="${JOBS:-}"
-per_gpu=3 results=results dry="" more=""
-case "${1:-}" in
-    test) set_up; exec .venv/bin/python -m pytest -q "${@:2}" test_ctl.py ;;
-    quick) preset=quick datasets=shapes seeds="${SEEDS:-1}"; shift ;;
-esac
+preset="" datasets="" losses="contrastive hard simple hard-simple" taus="0.07 0.3 0.7 1.0" data=data results=results
+seeds="${SEEDS:-}" jobs="${JOBS:-}" dry="" more=""
 while [ $# -gt 0 ]; do
     case "$1" in
-        -h | --help) usage; exit 0 ;;
+        test) set_up; exec .venv/bin/python -m pytest -q -n "$(cores)" "${@:2}" test_ctl.py results ;;
+        quick) preset=quick; shift; continue ;;
         --dry-run) dry=yes; shift; continue ;;
-        --) shift; [ $# -eq 0 ] || more=$(printf ' %q' "$@"); break ;;
-        --preset | --datasets | --losses | --taus | --seeds | --jobs | --per-gpu | --results)
-            [ $# -ge 2 ] && [ -n "${2// /}" ] || stop "$1 wants a value (--help lists the options)"
-            name="${1#--}"; printf -v "${name//-/_}" %s "$2"; shift 2 ;;
-        *) stop "unknown: $1 (--help lists the options)" ;;
+        -h | --help) sed -n '2,19s/^# \{0,1\}//p' reproduce.sh; exit 0 ;;
+        --) [ $# -eq 1 ] || more="$(printf ' %q' "${@:2}")"; break ;;
+        --preset | --datasets | --losses | --taus | --seeds | --jobs | --data | --results) ;;
+        *) stop "unknown: $1" ;;
     esac
+    [ $# -ge 2 ] && [ -n "${2// /}" ] || stop "$1 wants a value"
+    printf -v "${1#--}" %s "$2"
+    shift 2
 done
-for name in seeds jobs per_gpu; do
-    [ "$name" = jobs ] && [ -z "$jobs" ] || [[ "${!name}" =~ ^[1-9][0-9]{0,5}$ ]] || stop "--${name/_/-} must be a whole number above 0, not ${!name}"
-done
-[[ "$preset" =~ ^(|paper|narrow|mini|quick|smoke)$ ]] || stop "--preset must be paper, narrow, mini, quick or smoke, not $preset"
-for loss in $losses; do
-    [[ "$loss" =~ ^(contrastive|hard|simple|hard-simple|triplet)$ ]] || stop "--losses: there is no loss $loss"
-done
+datasets="${datasets/#~\//$HOME/}" seeds="${seeds:-$([ "$preset" = quick ] && echo 1 || echo 3)}"
+if [ -d "$datasets" ]; then datasets=("$datasets"); else datasets=($datasets); fi
+check preset "$preset" "|paper|narrow|mini|quick|smoke"
+for name in seeds ${jobs:+jobs}; do check "$name" "${!name}" "[1-9][0-9]{0,5}"; done
+for name in $losses; do check losses "$name" "contrastive|hard|simple|hard-simple|triplet"; done
+for name in $taus; do check taus "$name" "[0-9.e-]+"; done
+for name in "${datasets[@]:-shapes}"; do [ -d "$name" ] || check datasets "$name" "cifar10|cifar100|svhn|shapes"; done
+# Slurm tells a task the first index, the last and how many there are, but not which: there must be no gap.
+shares="${SLURM_ARRAY_TASK_COUNT:-1}" first="${SLURM_ARRAY_TASK_MIN:-0}" share=$((${SLURM_ARRAY_TASK_ID:-0} - first))
+[ "$shares" -eq $((${SLURM_ARRAY_TASK_MAX:-0} - first + 1)) ] ||
+    stop "in an array with gaps no task knows its share: write it as a range, such as --array=0-7"
+
 set_up
-table
+gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -gt 0 ]; then fits=paper at_once=$((3 * gpus)); else fits=mini at_once=$(cores); fi
+if [ "${preset:-$fits}" = mini ]; then echo "preset mini: 5,000 images and 60 epochs, not the paper's protocol"; fi
+preset="${preset:-$fits}" jobs="${jobs:-$at_once}"
+if [ ${#datasets[@]} -eq 0 ] && [[ "$preset" =~ quick|smoke ]]; then datasets=(shapes); fi
+if [ ${#datasets[@]} -eq 0 ]; then
+    have='import sys, ctl; sys.exit(ctl.one_line("left out", ctl.load_dataset, *sys.argv[1:]))'
+    for name in cifar10 cifar100 svhn; do
+        if [ -n "$dry" ] || .venv/bin/python -c "$have" "$name" "$data"; then datasets+=("$name"); fi
+    done
+    [ ${#datasets[@]} -gt 0 ] || stop "no data set can be had: take --datasets FOLDER or --datasets shapes"
+fi
+common=$(printf -- '--preset %s --data %q --results %q' "$preset" "$data" "$results") count=$(cells | wc -l)
+case "$preset" in paper) one=9 ;; narrow) one=150 ;; mini) one=15 ;; quick) one=2 ;; *) one=1 ;; esac # minutes
+minutes=$(((count + jobs - 1) / jobs * one)) logs="runs/logs/$preset-${results//\//%}"
+echo "plan: $((count)) cells of preset $preset on$(printf ' %q' "${datasets[@]}"), $seeds seed(s), $jobs at once," \
+    "$gpus GPU(s); about $((minutes / 60)) h $((minutes % 60)) min, less what is done already; logs in $logs"
+if [ -n "$dry" ] || [ "$count" -eq 0 ]; then # an array may have more tasks than there are cells
+    cells | while IFS= read -r cell; do echo ".venv/bin/python ctl.py $common $cell$more"; done
+    exit 0
+fi
+mkdir -p "$logs"
+# glibc keeps freed memory: with 50,000 images on a CPU a step takes a sixth less time (results/SPEED.md).
+export MALLOC_TOP_PAD_=134217728 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
+export -f run_cell
+export common more logs
+cells | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c 'set -uo pipefail; run_cell "$1"' cell || failed=yes
+.venv/bin/python results/report.py --results "$results" --preset "$preset" && [ -z "${failed:-}" ]
