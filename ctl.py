@@ -197,7 +197,7 @@ def check_similarity(similarity, positive, tau=1.0, k=None) -> tuple[Tensor, Ten
 
 
 def describe(value) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}".split("\n")[0]
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -311,7 +311,7 @@ def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tenso
     """
     check_vectors(train_z=train_z, test_z=test_z)
     check_labels(train_y=(train_y, train_z), test_y=(test_y, test_z))
-    if k < 1 or not temperature > 0:
+    if not isinstance(k, numbers.Integral) or k < 1 or not temperature > 0:
         raise ValueError(f"k must be at least 1 and temperature above 0, not {k} and {temperature}")
     classes, right = 1 + max(train_y.max().item(), test_y.max().item()), 0
     for z, y in zip(test_z.split(ROWS), test_y.split(ROWS)):
@@ -586,22 +586,20 @@ def load_folder(folder: str | Path, size: int = 32) -> Data:
     files are left out. Raises BadInput."""
     square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
     folder, tensors, left_out = Path(folder).expanduser(), [], []
-    classes = class_folders(folder / "train")
-    if len(classes) < 2:
-        raise BadInput(f"{folder / 'train'} has one class alone, {classes[0]}: two are needed to tell apart")
-    for part in (folder / "train", folder / "test"):
-        if unknown := sorted(set(class_folders(part)) - set(classes)):
-            raise BadInput(f"{part / unknown[0]}: {folder / 'train'} has no class of that name")
+    train, test = files_by_class(folder / "train"), files_by_class(folder / "test")
+    if len(train) < 2:
+        raise BadInput(f"{folder / 'train'} has one class alone, {next(iter(train))}: two are needed to tell apart")
+    if unknown := sorted(test.keys() - train.keys()):
+        raise BadInput(f"{folder / 'test' / unknown[0]}: {folder / 'train'} has no class of that name")
+    for part, classes in (("train", train), ("test", test)):
         images, labels = [], []
-        for label, name in enumerate(classes):
-            files = [path for path in sorted((part / name).rglob("*")) if path.is_file()
-                     and not any(inner.startswith(".") for inner in path.relative_to(part).parts)]
+        for name, files in classes.items():
             kept = [path for path in files if path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
-            if not kept and (part / name).is_dir():
-                raise BadInput(f"{part / name} holds no image")
+            if not kept:
+                raise BadInput(f"{folder / part / name} holds no image")
             left_out += sorted(set(files) - set(kept))
             images += [square(read_image(path)) for path in kept]
-            labels += [label] * len(kept)
+            labels += [list(train).index(name)] * len(kept)
         tensors += [torch.stack(images), torch.tensor(labels)]
     if left_out:
         say(f"{len(left_out)} files are left out, as their endings are no image's: {left_out[0]} …")
@@ -610,22 +608,29 @@ def load_folder(folder: str | Path, size: int = 32) -> Data:
     return Data(name + "-folder" * (name in (*DOWNLOADS, "shapes")), *tensors)
 
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the classes. Raises BadInput where there is none, or where a link leads to a folder that is read
-    already: it may lead round for ever, or put an image into two classes."""
-    seen = set()
-    for path, _, _ in os.walk(folder, followlinks=True):
+def files_by_class(folder: Path) -> dict[str, list[Path]]:
+    """What the folder of each class holds, hidden files left out. Raises BadInput where there is no class, or a link
+    leads to a folder that is read already: it may lead round for ever, or put an image into two classes."""
+    classes, seen = {}, set()
+    for path, folders, files in os.walk(folder, followlinks=True):
         if os.path.realpath(path) in seen:
             raise BadInput(f"{path} links to a folder that is read already: remove it")
         seen.add(os.path.realpath(path))
-    names = sorted(path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
-    if not names:
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if Path(path) == folder:
+            classes = {name: [] for name in folders}
+        else:
+            name = Path(path).relative_to(folder).parts[0]
+            classes[name] += [Path(path, file) for file in sorted(files) if not file.startswith(".")]
+    if not classes:
         raise BadInput(f"no folder of a class in {folder}: images belong into train/<class>/* and test/<class>/*")
-    return names
+    return classes
 
 
 def read_image(path: Path) -> Image.Image:
     try:
+        if not path.is_file():  # to open a pipe would wait for ever
+            raise ValueError("it is no file")
         with open(path, "rb") as file:
             image = Image.open(file)
             if image.mode[0] in "IF":
