@@ -3,7 +3,7 @@
 
     python ctl.py --tau 0.3 --dataset shapes   # one run: train, evaluate, put the result beside the paper's
     python ctl.py --help                       # every setting: its meaning, its value in each preset, its source
-    bash reproduce.sh                          # every row of Table 1; then tables, verdicts and figures
+    bash reproduce.sh                          # Table 1 on CIFAR and SVHN; then tables, verdicts and figures
 
 The contrastive loss pulls an image towards its own view and pushes it from all other images. It pushes the nearest
 of them hardest; the temperature tau says by how much. At small tau only the nearest negatives count: features spread
@@ -21,7 +21,8 @@ Read from top to bottom. Rooms 1 to 3 are the paper's subject, 4 and 5 what it i
     6 Training  the settings, the step, the loop, the evaluation, the checkpoint
     7 Record    what a run leaves, the paper's Table 1 beside it; the command line
 
-Data goes one way: images -> views -> embeddings -> similarities -> loss; embeddings -> metrics -> record.
+Data goes one way: images -> views -> embeddings -> similarities with the bank -> loss; then the embeddings update the
+bank. Embeddings -> metrics -> record.
 Shapes are written (B, N): B images of a batch (the anchors) against all N training images.
 """
 from __future__ import annotations
@@ -69,9 +70,9 @@ from tqdm import tqdm
 # With d_ij = s_ij - s_ii, how far j is ahead of anchor i's own image, the paper's losses are three ways to
 # take the "typical" d of a row, from the hardest negative alone to all of them alike:
 #
-#     triplet       max_j d_ij                    tau -> 0         (Eq. 6 times tau)
-#     contrastive   log sum_j exp(d_ij / tau)     any tau          (Eq. 1)
-#     simple        mean_j d_ij                   tau -> infinity  (Eq. 7 times tau, less its constant)
+#     triplet       max_j d_ij                          tau -> 0         (Eq. 6 times tau)
+#     contrastive   tau · log sum_j exp(d_ij / tau)     any tau          (Eq. 1 times tau)
+#     simple        mean_j d_ij                         tau -> infinity  (Eq. 7 times tau, less its constant)
 #
 # The sums run over all columns: the positive is one of them, with d_ii = 0. The hard losses (Eqs. 8, 9) keep the
 # positive and the k largest of the others.
@@ -84,11 +85,12 @@ class NotFinite(ValueError):
 def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
     """The contrastive loss of each anchor, Eq. 1; with k the hard contrastive loss, Eq. 9.
 
-    similarity: (B, N) floating point, s_ij in [-1, 1] (any finite values will do); 16 bits are summed in 32.
-    positive: (B,) int64, the column of each anchor's own image. tau: the temperature, a number > 0 or a tensor of no
-    dimensions, which then gets its gradient: dL/dtau = (s_ii - sum_k P_ik s_ik) / tau², over the columns kept.
+    similarity: (B, N) floating point, s_ij in [-1, 1] (other finite values too, as far as |s|/tau fits the
+    dtype); float16 and bfloat16 are computed in float32.
+    positive: (B,) int64, the column of each anchor's own image. tau: the temperature, a number > 0 or a scalar tensor;
+    the loss is differentiable in it: dL/dtau = (s_ii - sum_k P_ik s_ik) / tau², over the columns kept.
     k: keep only the k nearest negatives (all where there are fewer). Returns (B,), in [0, log N + 2/tau] for |s| <= 1.
-    Raises ValueError where an argument is wrong. Values are looked at on the CPU only.
+    Raises ValueError where an argument is wrong. Values are checked only on the CPU.
 
     >>> s = torch.tensor([[0.9, 0.5, -0.2]])
     >>> round(contrastive_loss(s, torch.tensor([0]), tau=0.1).item(), 6)  # log(1 + e^-4 + e^-11)
@@ -105,7 +107,7 @@ def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, 
 def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> Tensor:
     """The simple loss of each anchor: Eq. 3, weighted as in Eq. 7; with k the hard simple loss.
 
-    Arguments and errors as in `contrastive_loss`. Returns (B,), in (-2, 2) for |s| <= 1; the minimum is negative.
+    Arguments and errors as in `contrastive_loss`. Returns (B,), in (-2, 2) for |s| <= 1; it can be negative.
 
     >>> simple_loss(torch.tensor([[1.0, 0.5, -0.9]]), torch.tensor([0])).item()  # -2/3 · 1 + 1/3 · (0.5 - 0.9)
     -0.800000011920929
@@ -118,7 +120,7 @@ def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> T
 
 
 def triplet_loss(similarity: Tensor, positive: Tensor) -> Tensor:
-    """What tau · (contrastive loss) tends to as tau -> 0: a triplet loss without margin, Eq. 6 times tau.
+    """The limit of tau · (contrastive loss) as tau -> 0: a triplet loss without margin, Eq. 6 times tau.
 
     Arguments and errors as in `contrastive_loss`. Returns (B,), in [0, 2] for |s| <= 1: 0 where the positive is
     nearest. Where several negatives are nearest they share the gradient.
@@ -132,7 +134,7 @@ def loss_gradient(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: 
     """The gradient of `contrastive_loss` with respect to the similarities, in closed form: Eq. 4.
 
     Arguments and errors as in `contrastive_loss`. Returns (B, N): in [0, 1/tau] at the negatives, in [-1/tau, 0] at
-    the positive, 0 at negatives that k drops. Each row sums to 0. For readers and tests: training takes it by autograd.
+    the positive, 0 at negatives that k drops. Each row sums to 0. For readers and tests; training uses autograd.
     """
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own = positive[:, None] == torch.arange(similarity.shape[1], device=similarity.device)  # (B, N)
@@ -146,7 +148,7 @@ def relative_penalty(similarity: Tensor, positive: Tensor, tau: float | Tensor, 
     """How the push on an anchor is shared among its negatives, Eq. 5 (Eq. 8 with k): a Boltzmann distribution.
 
     Arguments and errors as in `contrastive_loss`. Returns (B, N), in [0, 1], each row summing to 1 (to 0 where there
-    is no negative, N = 1); 0 at the positive, whose similarity does not matter, and at negatives that k drops.
+    is no negative, N = 1); 0 at the positive, which the penalty does not depend on, and at negatives that k drops.
     """
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own = positive[:, None] == torch.arange(similarity.shape[1], device=similarity.device)  # (B, N)
@@ -184,7 +186,7 @@ def check_similarity(similarity, positive, tau=1.0, k=None) -> tuple[Tensor, Ten
         raise ValueError(f"k must be a whole number, at least 1, not {k!r}")
     if similarity.dtype in (torch.half, torch.bfloat16):
         similarity = similarity.float()
-    # A look at values would make a GPU wait, and break a graph that is being compiled.
+    # Reading values would make a GPU wait, and break a graph that is being compiled.
     if similarity.device.type == "cpu" and not torch.compiler.is_compiling():
         value = float(tau.detach()) if isinstance(tau, Tensor) else float(tau)
         if not torch.finfo(similarity.dtype).tiny <= value < math.inf:
@@ -197,7 +199,9 @@ def check_similarity(similarity, positive, tau=1.0, k=None) -> tuple[Tensor, Ten
 
 
 def describe(value) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}".split("\n")[0]
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return f"{value!r:.60}".splitlines()[0]
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -205,13 +209,13 @@ def describe(value) -> str:
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 #
 # z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees.
-# All are exact. What looks at every pair goes a block of rows at a time.
+# Nothing is subsampled. Functions over all pairs work on ROWS rows at a time.
 
 ROWS = 256  # rows of a block
 
 
 def in_any_context(metric):
-    """A metric must not change inside somebody's autocast, no_grad or inference_mode: run it outside of them all."""
+    """Run a metric in full precision and without gradients, whatever the caller's context."""
     @functools.wraps(metric)
     def outside(*arguments, **options):
         first = next((value for value in (*arguments, *options.values()) if isinstance(value, Tensor)), torch.empty(0))
@@ -272,7 +276,7 @@ def tolerance(z: Tensor, labels: Tensor) -> float:
 def alignment(z1: Tensor, z2: Tensor) -> float:
     """Mean squared distance of the two views of each image (Wang & Isola, ICML 2020, with exponent 2).
 
-    z1, z2: (n, dim) unit vectors, row i of both from image i. Returns a value in [0, 4], 0 if views do not matter.
+    z1, z2: (n, dim) unit vectors, row i of both from image i. Returns a value in [0, 4], 0 if the views coincide.
     Raises ValueError for other vectors.
     """
     check_vectors(z1=z1, z2=z2)
@@ -341,7 +345,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
     check_vectors(unit=False, train_h=rows, test_h=test_h)
     n, d = len(rows) // V, rows.shape[1]
     check_labels(train_y=(train_y, rows[:n]), test_y=(test_y, test_h))
-    rows = rows.detach().clone()  # outside of a caller's graph and inference mode: autograd takes no other
+    rows = rows.detach()
     classes = 1 + int(max(train_y.max(), test_y.max()))
     layer = nn.utils.skip_init(nn.Linear, d, classes, device=rows.device, dtype=rows.dtype)
     # The problem is convex: 0 is as good a start as any, and needs no draw.
@@ -437,7 +441,7 @@ class MemoryBank:
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and the way around them (He et al., CVPR 2016).
+    """A residual block: two 3x3 convolutions and a shortcut (He et al., CVPR 2016).
 
     (B, channels, s, s) -> (B, out, s/stride, s/stride)
     """
@@ -448,7 +452,7 @@ class Block(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != out:
-            # Each second pixel, then a convolution of stride 1: to the bit the same as a 1x1 convolution of stride 2,
+            # Every second pixel, then a convolution of stride 1: to the bit the same as a 1x1 convolution of stride 2,
             # whose weight gradient corrupts memory on CPUs where channels are few (uxlfoundation/oneDNN#6035).
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), nn.Conv2d(channels, out, 1, bias=False),
                                           nn.BatchNorm2d(out))
@@ -462,7 +466,7 @@ class ResNet18(nn.Module):
     """f(x): ResNet-18 with a 3x3 first convolution of stride 1 and no max-pooling, for images of 32x32.
 
     x: (B, 3, size, size), normalised. width: channels of the first stage (64 in the paper); dim: of the embedding;
-    bfloat16: run in it. Convolutions start He-normal (fan-out), the head Xavier-uniform, as in the authors' code.
+    in_bfloat16: run in bfloat16. Convolutions start He-normal (fan-out), the head Xavier-uniform (authors' code).
     """
 
     def __init__(self, width: int = 64, dim: int = 128, bfloat16: bool = False):
@@ -471,7 +475,7 @@ class ResNet18(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.stages = nn.Sequential(*(nn.Sequential(Block(i, o, s), Block(o, o, 1)) for i, o, s in stages))
         self.head = nn.Linear(8 * width, dim)
-        self.bfloat16 = bfloat16
+        self.in_bfloat16 = bfloat16
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -480,12 +484,12 @@ class ResNet18(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """h, (B, 8·width) float32: the pooled features that the linear probe sees."""
-        with precision(x.device, self.bfloat16):
+        with precision(x.device, self.in_bfloat16):
             return self.stages(self.stem(x)).mean(dim=(2, 3)).float()
 
     def project(self, h: Tensor) -> Tensor:
         """(B, dim) float32: the embedding before it is normalised."""
-        with precision(h.device, self.bfloat16):
+        with precision(h.device, self.in_bfloat16):
             return self.head(h).float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -504,7 +508,7 @@ class Stop(Exception):
 
 
 class BadInput(Stop, ValueError):
-    status = 2  # wrong use: arguments, data, a record or checkpoint of another config
+    status = 2  # wrong arguments or data, or a file of another config
 
 
 class Busy(Stop):
@@ -513,7 +517,7 @@ class Busy(Stop):
 
 @dataclass
 class Data:
-    """A dataset whole: images uint8 (n, 3, size, size), labels int64 (n,) from 0."""
+    """A whole dataset: images uint8 (n, 3, size, size), labels int64 (n,) from 0."""
     name: str
     train_images: Tensor
     train_labels: Tensor
@@ -544,7 +548,7 @@ def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Dat
     Raises BadInput for data that is missing, broken or out of reach; Stop for a download that broke off.
     """
     if dataset in DOWNLOADS and size != 32:
-        raise BadInput(f"{dataset} has images of 32x32: leave --size at 32")
+        raise BadInput(f"{dataset} has images of 32x32: give --size 32")
     if dataset in DOWNLOADS:
         return load_download(dataset, Path(root).expanduser())
     return load_shapes(size) if dataset == "shapes" else load_folder(dataset, size)
@@ -562,7 +566,7 @@ def load_download(name: str, root: Path) -> Data:
             tensors.append(torch.as_tensor(data.labels if name == "svhn" else data.targets))
         return Data(name, *tensors)
 
-    with contextlib.suppress(RuntimeError):  # there already, perhaps in a folder that can only be read
+    with contextlib.suppress(RuntimeError):  # already downloaded, perhaps into a folder that can only be read
         return read(download=False)
     probe_writable(root)
     say(f"downloading {name} into {root}")
@@ -588,7 +592,7 @@ def load_folder(folder: str | Path, size: int = 32) -> Data:
     folder, tensors, left_out = Path(folder).expanduser(), [], []
     train, test = files_by_class(folder / "train"), files_by_class(folder / "test")
     if len(train) < 2:
-        raise BadInput(f"{folder / 'train'} has one class alone, {next(iter(train))}: two are needed to tell apart")
+        raise BadInput(f"{folder / 'train'} has one class alone, {next(iter(train))}: at least two are needed")
     if unknown := sorted(test.keys() - train.keys()):
         raise BadInput(f"{folder / 'test' / unknown[0]}: {folder / 'train'} has no class of that name")
     for part, classes in (("train", train), ("test", test)):
@@ -604,7 +608,7 @@ def load_folder(folder: str | Path, size: int = 32) -> Data:
     if left_out:
         say(f"{len(left_out)} files are left out, as their endings are no image's: {left_out[0]} …")
     name = re.sub(r"[^\w .-]", "_", folder.resolve().name)[:80] or "images"  # it stands in tables and file names
-    # A folder that is called like a dataset must not stand where the dataset's own records stand.
+    # A folder that is named like a dataset must not stand where the dataset's own records stand.
     return Data(name + "-folder" * (name in (*DOWNLOADS, "shapes")), *tensors)
 
 
@@ -662,7 +666,7 @@ SHAPES = {  # about how far the point (u, v), r from the centre, lies inside the
 def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
     """Ten classes of shape, made by code, always the same, up to a pixel that another kind of CPU rounds differently.
 
-    An image is papered with one shape, light and dark pieces in turn, so that a crop of it still shows which, and
+    An image is tiled with one shape, light and dark pieces in turn, so that a crop of it still shows which, and
     neither colour nor mean brightness tells. All else is nuisance: position, size, rotation, the colours, a texture
     behind, from coarse to fine, and noise.
     """
@@ -704,8 +708,8 @@ def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
 
 
 def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
-    """The images in a random order in which any first part holds the same number of each class, to within one, as long
-    as there are any."""
+    """A random order of the images. Every prefix is balanced over the classes, to within one image, until a class runs
+    out."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     one_hot = F.one_hot(labels[shuffled])  # (n, classes)
     rank = one_hot.cumsum(0)[torch.arange(len(labels)), labels[shuffled]]  # 1 for the first of a class, 2, …
@@ -741,7 +745,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, flip: bool = True) -> Augmentation:
-    """Draw what to do to `count` images of size x size, by the paper's settings and torchvision's law.
+    """Draw what to do to `count` images of size x size, by the paper's settings and torchvision's distribution.
 
     RandomResizedCrop(size, scale=(0.2, 1)), ColorJitter(0.4, 0.4, 0.4, 0.4), horizontal flip, RandomGrayscale(0.2).
     A crop that does not fit is drawn again, up to ten times in all, then the whole image is taken, as torchvision does.
@@ -782,8 +786,7 @@ def augment(images: Tensor, drawn: Augmentation) -> Tensor:
         x = rows[:, None] @ (images.float() / 255)  # (B, 3, size, size)
         # One product an image: its channels share `columns`.
         x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, (3, size))
-    # Brightness, contrast and saturation are one blend, cheap; the hue is dear: it is shifted once, between the
-    # blends that come before it and those that come after.
+    # The hue step is expensive and runs once. Blends that the drawn order has before it come first, the others after.
     hue_place = (drawn.order == HUE).int().argmax(dim=1)
     for place in range(3):
         x = blend(x, drawn, place, place < hue_place)
@@ -812,7 +815,7 @@ def grey_of(x: Tensor) -> Tensor:
 
 
 def blend(x: Tensor, drawn: Augmentation, place: int, active: Tensor) -> Tensor:
-    """The operation at that place: towards black, the mean grey or the pixel's own grey; nothing where not active."""
+    """Blend towards black (brightness), the mean grey (contrast) or each pixel's grey (saturation), where active."""
     operation = drawn.order[:, place]
     factor = drawn.factor.gather(1, operation[:, None])[:, 0]
     operation, factor = operation[:, None, None, None], torch.where(active, factor, 1.0)[:, None, None, None]
@@ -853,12 +856,12 @@ def normalise(x: Tensor) -> Tensor:
 # │ 6  TRAINING                                                                                   paper, section 5.1 │
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-PROTOCOL_VERSION = 1  # goes up when the same settings would give other results; versions are never averaged
+PROTOCOL_VERSION = 1  # goes up when the same settings would give other results
 
 
 class Loss(NamedTuple):
-    """A row of LOSSES: all that a new loss has to say of itself."""
-    of: Callable  # of (similarity, positive, tau, k), each anchor's loss, (B,)
+    """A row of LOSSES. A loss with another parameter also needs a Config field, and `training_loss` to pass it."""
+    of: Callable  # (similarity, positive, tau, k) -> (B,)
     tau: bool  # whether it has a temperature
     k: bool  # whether it keeps the k nearest negatives
 
@@ -874,7 +877,7 @@ LOSSES = {
 
 def setting(default, help: str, source: str = "", low=None, high=None, choices=None, type=None, study: bool = True):
     """A field of Config. low, high: its range, both ends included. study: it is part of what is studied, and so of the
-    record; not where or how fast it runs."""
+    record. What is not study says where or how fast a run goes."""
     type = type or default.__class__
     high = {int: 2 ** 31 - 1, float: 1e30}.get(type) if high is None else high
     return dataclasses.field(default=default, metadata=dict(
@@ -883,8 +886,8 @@ def setting(default, help: str, source: str = "", low=None, high=None, choices=N
 
 @dataclass
 class Config:
-    """The settings of one run; the defaults are the paper's protocol. Raises BadInput for a setting that is wrong, and
-    for one that its loss would ignore."""
+    """The settings of one run; the defaults are the paper's protocol (`make_config` fills in a preset). Raises BadInput
+    for a setting that is wrong, and for one that its loss would ignore."""
     loss: str = setting("contrastive", "which loss", "paper, Eqs. 1, 3, 6, 9", choices=tuple(LOSSES))
     tau: float | None = setting(None, "temperature (contrastive, hard); None: 0.3", "paper, 5", 1e-30, type=float)
     dataset: str = setting("cifar10", "cifar10, cifar100, svhn, shapes (made by code), or a folder with\n"
@@ -906,7 +909,7 @@ class Config:
     gamma: float = setting(0.1, "factor at each milestone (step schedule)", "paper, 5.1", 0)
     warmup: float = setting(0.0, "epochs over which the learning rate rises from 0", "our choice", 0)
     bank_momentum: float = setting(0.5, "share of a bank row that an update keeps", "authors' code", 0, 1)
-    bank_init: str = setting("random", "start of the bank; embeddings: of one view of each image, the head centred",
+    bank_init: str = setting("random", "start of the bank; embeddings: of one view of each image (see centre_head)",
                              "random: authors' code; embeddings: our choice", choices=("random", "embeddings"))
     k: int | None = setting(None, "nearest negatives of the hard losses; 4095 if not given", "paper, 5.2", 1, type=int)
     subset: int | None = setting(None, "train on that many images, of each class as many (a preset's number: at most)",
@@ -938,7 +941,7 @@ class Config:
         for wrong, what in (
                 (list(self.milestones) != sorted(set(self.milestones)), "milestones must rise from one to the next"),
                 (self.size % 8, f"size must be a multiple of 8, not {self.size}"),
-                # What would be ignored is refused.
+                # What the loss would ignore is refused.
                 (self.tau is not None and not loss.tau, f"the {self.loss} loss has no temperature: leave out tau"),
                 (self.match_step and not loss.tau, f"the {self.loss} loss has no temperature: leave out match_step"),
                 (self.k is not None and not loss.k, f"the {self.loss} loss takes all negatives: leave out k")):
@@ -958,7 +961,7 @@ def check_setting(name: str, value, type, low, high, choices, **_):
     """The value, whole numbers turned to float where that is the type. Raises BadInput where it is wrong."""
     value = float(value) if type is float and value.__class__ is int else value
     if value.__class__ is not type or value == "":
-        raise BadInput(f"{name} must be of type {type.__name__}, not {value!r}")
+        raise BadInput(f"{name} must be of type {type.__name__}, and not empty, not {value!r}")
     if choices and value not in choices:
         raise BadInput(f"{name} must be one of {', '.join(choices)}, not {value!r}")
     if low is not None and not low <= value <= high:
@@ -969,9 +972,10 @@ def check_setting(name: str, value, type, low, high, choices, **_):
 SMALL = dict(width=16, lr=0.1, schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3)
 MINI = dict(SMALL, epochs=60, batch_size=64, k=409, subset=5000)
 PRESETS = {
-    "paper": {},
-    "narrow": dict(SMALL, epochs=40),
-    "mini": MINI,
+    "paper": {},  # section 5.1; for a GPU
+    "narrow": dict(SMALL, epochs=40),  # all images, a narrow network: two hours on a core
+    "mini": MINI,  # a tenth of the images: a quarter of an hour on a core
+    # A demonstration on shapes, two minutes a run; and seconds, for tests.
     "quick": dict(MINI, dataset="shapes", size=24, width=8, subset=500, test_subset=1000, batch_size=16, epochs=160,
                   lr=0.01, k=40, eval_every=0),
     "smoke": dict(MINI, dataset="shapes", epochs=3, batch_size=16, width=4, dim=16, lr=0.03, warmup=1.0, k=8,
@@ -980,7 +984,7 @@ PRESETS = {
 
 
 def make_config(preset: str = "paper", **given) -> Config:
-    """The preset's settings, but for those that are given; its k goes with a loss that has none. Raises BadInput."""
+    """The preset's settings, but for those given; its k is dropped for a loss without k. Raises BadInput."""
     if preset not in PRESETS:
         raise BadInput(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
     filled = {**PRESETS[preset], **given}
@@ -1000,14 +1004,14 @@ def learning_rate(config: Config, at: float) -> float:
 
 
 def generator(*key) -> torch.Generator:
-    """Random numbers that depend on the key alone (seed, purpose, epoch, step): a run can go on anywhere, exactly."""
+    """Random numbers that depend on the key alone (seed, purpose, epoch, step): a run resumes exactly at any step."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 @dataclass
 class Run:
-    """What training changes: all that a checkpoint holds."""
+    """The state of a run, as a checkpoint holds it."""
     model: ResNet18
     optimiser: torch.optim.SGD
     bank: MemoryBank
@@ -1023,7 +1027,7 @@ class Run:
         return all(value.isfinite().all() for value in values)
 
 
-CHECKPOINT_SECONDS = 60.0  # at most so much work is lost when the process ends
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints: so much work may be lost when the process ends
 
 
 def train(config: Config) -> dict:
@@ -1060,7 +1064,7 @@ def train(config: Config) -> dict:
                            f"stays in {checkpoint}); try a lower --lr (--probe-lr for the probe) or a larger --tau")
             record = plain({
                 **identity, "final": final, "history": run.history,
-                "environment": environment(device, run.model.bfloat16),
+                "environment": environment(device, run.model.in_bfloat16),
                 "data": {"sha256": identity["data"], "train": len(data.train_labels), "test": len(data.test_labels)},
                 "timing": {"seconds": run.seconds + time.perf_counter() - began}})
             record["sha256"] = record_sha256(record)
@@ -1090,7 +1094,7 @@ def start(config: Config, data: Data, device: torch.device, checkpoint: Path, id
     say("evaluating the untrained network")
     untrained = evaluate(model, data, config)
     seconds = time.perf_counter() - began
-    # One tensor for an epoch's losses: thousands of small ones would pin the memory that large ones leave.
+    # One tensor for an epoch's losses: thousands of small ones would fragment the memory.
     losses = torch.zeros(math.ceil(N / config.batch_size), device=device)
     return Run(model, optimiser, bank, losses, untrained, seconds=seconds, evaluation=seconds)
 
@@ -1134,7 +1138,8 @@ def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimi
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
-    bank.update(index, z.detach())  # after the step, as in the authors' code
+    # After backward, which needs the old rows, and after the step, as in the authors' code; z is from before it.
+    bank.update(index, z.detach())
     return loss.detach()
 
 
@@ -1162,8 +1167,8 @@ def entry_line(entry: dict, config: Config) -> str:
 
 
 def in_bfloat16(config: Config, device: torch.device) -> bool:
-    emulated = device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.precision == "bfloat16" or config.precision == "auto" and not emulated
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bfloat16" or (config.precision == "auto" and native)
 
 
 def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.optim.SGD]:
@@ -1181,8 +1186,8 @@ def centre_head(model: ResNet18, images: Tensor, config: Config) -> Tensor:
     """Set the head's bias so that its untrained outputs have zero mean; return them, (N, dim), not normalised.
 
     An untrained network maps all images into one narrow cone (similarity 0.99). Losses that push all negatives alike
-    hardly leave it; from zero mean they need not. One pass over augmented views, in training mode, so that batch
-    normalisation's running means are of images too.
+    hardly leave it; from zero mean they need not. The pass over augmented views, in training mode, also sets batch
+    normalisation's running statistics.
     """
     outputs = []
     for step, batch in enumerate(images.split(config.batch_size)):
@@ -1212,9 +1217,13 @@ def embed(model: ResNet18, images: Tensor, view: Callable = lambda x: x.float() 
 
 
 def look(model: ResNet18, data: Data) -> dict:
-    """kNN from training to test images, uniformity and tolerance of test images: logged; nothing is chosen by it."""
+    """The metrics of plain images that need no probe: logged on the way; nothing is chosen by them."""
     train_z, test_z = embed(model, data.train_images)[1], embed(model, data.test_images)[1]
-    train_y, test_y = data.train_labels.to(train_z.device), data.test_labels.to(test_z.device)
+    return compare(train_z, data.train_labels.to(train_z.device), test_z, data.test_labels.to(test_z.device))
+
+
+def compare(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor) -> dict:
+    """kNN from training to test images; uniformity and tolerance of test images."""
     return {"knn": knn_accuracy(train_z, train_y, test_z, test_y), "uniformity": uniformity(test_z),
             "tolerance": tolerance(test_z, test_y)}
 
@@ -1224,7 +1233,8 @@ def evaluate(model: ResNet18, data: Data, config: Config) -> dict:
     of each plain image against one augmented view of all. `accuracy` is the linear probe's on the test set after its
     last epoch, trained on plain and mirrored training images; `accuracy_heldout` that of a probe that sees four fifths
     of the training labels, on the last fifth, plain: the number to choose a tau by."""
-    train_h, mirror_h = embed(model, data.train_images)[0], embed(model, data.train_images.flip(-1))[0]
+    train_h, train_z = embed(model, data.train_images)
+    mirror_h, _ = embed(model, data.train_images.flip(-1))
     test_h, test_z = embed(model, data.test_images)
     train_y, test_y = data.train_labels.to(train_h.device), data.test_labels.to(test_h.device)
     views = []
@@ -1237,7 +1247,7 @@ def evaluate(model: ResNet18, data: Data, config: Config) -> dict:
     kept, held_out = order[len(order) // 5:], order[:len(order) // 5]
     probe = functools.partial(linear_probe, lr=config.probe_lr, seed=config.seed)
     return {
-        **look(model, data),
+        **compare(train_z, train_y, test_z, test_y),
         "accuracy": probe(h, train_y, test_h, test_y),
         "accuracy_heldout": probe(h[:, kept], train_y[kept], train_h[held_out], train_y[held_out]),
         "alignment": alignment(*views),
@@ -1246,12 +1256,14 @@ def evaluate(model: ResNet18, data: Data, config: Config) -> dict:
 
 
 def take_subset(data: Data, config: Config) -> Data:
-    """The images that the config asks for, of each class as many, the same for every seed."""
+    """The images that the config asks for: class-balanced, the same for every seed."""
     for field, labels in (("subset", data.train_labels), ("test_subset", data.test_labels)):
         wanted = getattr(config, field) or 0
+        if len(labels) < 10:
+            raise BadInput(f"{data.name} has {len(labels)} images for training or testing: at least 10 are needed")
         # The preset's own number means: at most.
-        if wanted > len(labels) and wanted != PRESETS[config.preset].get(field) or len(labels) < 10:
-            raise BadInput(f"{field} {wanted or 10} is more than the {len(labels)} images that {data.name} has")
+        if wanted > len(labels) and wanted != PRESETS[config.preset].get(field):
+            raise BadInput(f"{field} {wanted} is more than the {len(labels)} images that {data.name} has")
     train = balanced_order(data.train_labels)[:config.subset]
     test = balanced_order(data.test_labels)[:config.test_subset]
     return Data(data.name, data.train_images[train], data.train_labels[train],
@@ -1272,7 +1284,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-# Checkpoints: nothing that is written is ever half there, and a run that is ended goes on.
+# Files are written whole or not at all, so that an interrupted run resumes.
 
 
 def save_checkpoint(path: Path, run: Run, identity: dict) -> None:
@@ -1295,7 +1307,7 @@ def load_checkpoint(path: str | Path) -> dict | None:
         if not {"config", *(field.name for field in dataclasses.fields(Run))} <= state.keys():
             raise zipfile.BadZipFile
         return state
-    except (MemoryError, FileNotFoundError):
+    except (MemoryError, FileNotFoundError, PermissionError):
         raise
     except Exception:  # zipfile and torch.load raise many kinds on a damaged file
         say(f"the checkpoint {path} is damaged: it is not used")
@@ -1305,7 +1317,8 @@ def load_checkpoint(path: str | Path) -> dict | None:
 def refuse_other(path: Path, found: dict, wanted: dict) -> None:
     """Raise BadInput, naming what differs, where a record or checkpoint is of another config, data or version. A record
     may be of `shapes` that another kind of CPU rounded differently."""
-    there, here = ({**run["config"], "version": run["protocol_version"], "data": run["data"]} for run in (found, wanted))
+    there, here = ({**run["config"], "version": run["protocol_version"], "data": run["data"]}
+                   for run in (found, wanted))
     if isinstance(found["data"], dict):
         there["data"] = here["data"] if here["dataset"] == "shapes" else found["data"]["sha256"]
     for key in sorted(there.keys() | here.keys()):
@@ -1341,7 +1354,7 @@ def lock(path: Path) -> filelock.AcquireReturnProxy:
     """Hold the lock of that name, in a `with`; it goes with the process, however that ends. Raises Busy."""
     try:
         return filelock.FileLock(path, timeout=0).acquire()
-    except filelock.Timeout:  # before OSError, of which it is a kind
+    except filelock.Timeout:
         raise Busy(f"another process is at work on this run (it holds {path})")
 
 
@@ -1408,8 +1421,8 @@ def plain(value):
 
 
 def record_sha256(record: dict) -> str:
-    """Of all but the clock, the machine and an old record's picture: two runs that agree have one sum, and a number
-    edited by hand shows."""
+    """Hash of the record without timing and environment (nor an old record's picture): equal for equal runs, and an
+    edit by hand shows."""
     rest = {key: value for key, value in record.items() if key not in ("sha256", "timing", "environment", "tsne")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -1425,7 +1438,7 @@ def read_record(path: Path) -> dict:
             record["config"]["k"] = max(1, int(alpha * record["data"]["train"]))
         return record
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadInput(f"{path} is broken or was edited: its sha256 does not fit; remove it, or run with --force")
+        raise BadInput(f"{path} is broken or was edited: remove it, or run with --force (its sha256 does not fit)")
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}")
 
@@ -1437,12 +1450,14 @@ except (OSError, TypeError):  # pasted into a notebook
 
 
 def environment(device: torch.device, bfloat16: bool) -> dict:
-    """Where a run was made. Digits agree where cpu, ONEDNN_MAX_CPU_ISA, threads and torch do."""
+    """Where a run was made. On CPUs digits agree where cpu, ONEDNN_MAX_CPU_ISA, threads and torch do; on GPUs they may
+    differ."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere what Python knows
     cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    capability = torch.backends.cpu.get_cpu_capability()
+    names = {"cuda": lambda: torch.cuda.get_device_name(device),
+             "cpu": lambda: f"cpu {torch.backends.cpu.get_cpu_capability()}"}
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {capability}",
+        "device": names.get(device.type, lambda: str(device))(),
         "cpu": cpu[1] if cpu else platform.processor(), "platform": f"{platform.system()} {platform.machine()}",
         "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT"), "threads": torch.get_num_threads(),
         "precision": "bfloat16" if bfloat16 else "float32", "python": platform.python_version(),
@@ -1454,8 +1469,9 @@ def show(record: dict, path: Path) -> None:
     config, final = record["config"], record["final"]
     paper = paper_values(config["dataset"], config["loss"], config["tau"])
     say(f"{'':12}{'ours':>9}{'paper':>9}{'untrained':>12}")
-    meaning = {"accuracy": "linear probe, last epoch, %", "knn": "200 nearest, %", "uniformity": "larger = more uniform",
-               "tolerance": "mean similarity in a class", "alignment": "mean squared distance of two views"}
+    meaning = {"accuracy": "linear probe, last epoch, %", "knn": "200 nearest, %",
+               "uniformity": "larger = more uniform", "tolerance": "mean similarity in a class",
+               "alignment": "mean squared distance of two views"}
     for key, what in meaning.items():
         ours, before = (f"{x:.{2 if '%' in what else 3}f}" if x is not None else "-"
                         for x in (final.get(key), final["untrained"].get(key)))
@@ -1479,10 +1495,13 @@ def say(line: str) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
+DESCRIPTION = (__doc__ or "").split("Read from")[0].strip()
+
+
 class Parser(argparse.ArgumentParser):
     """A flag for each field of Config, with its help: the paper's protocol as a table. Errors are BadInput."""
 
-    def __init__(self, name: str = "ctl.py", description: str = (__doc__ or "").split("Read from")[0].strip()):
+    def __init__(self, name: str = "ctl.py", description: str = DESCRIPTION):
         super().__init__(prog=name, allow_abbrev=False, description=description,
                          formatter_class=argparse.RawTextHelpFormatter)
 
@@ -1508,11 +1527,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def settle(given: dict) -> Config:
-    """The config of a command line; where it names no preset one is chosen, and it is said which."""
+    """The config of a command line. Where it names no preset, choose one and say which."""
     if "preset" not in given:
         gpu = pick_device(given.get("device", "auto")).type == "cuda"
         given = {**given, "preset": "paper" if gpu else "mini"}
-        say(f"no preset given: {'paper' if gpu else 'mini, as there is no CUDA GPU (paper is the protocol of the paper)'}")
+        say(f"no preset given: {'paper' if gpu else 'mini, as there is no CUDA GPU (paper is its whole protocol)'}")
     return make_config(**given)
 
 
@@ -1545,20 +1564,19 @@ def one_line(name: str, work: Callable, *arguments) -> int:
     return status
 
 
-def run_command(argv: list[str] | None) -> None:
-    parser, dtype = Parser(), torch.get_default_dtype()
-    parser.add_settings()
-    config = settle(vars(parser.parse_args(argv)))
-    torch.set_default_dtype(torch.float32)  # a caller's own may be another
-    try:
-        train(config)
-    finally:
-        torch.set_default_dtype(dtype)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status, see `one_line`."""
-    return one_line("ctl.py", run_command, argv)
+    def work() -> None:
+        parser = Parser()
+        parser.add_settings()
+        train(settle(vars(parser.parse_args(argv))))
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # a caller's own may be another
+    try:
+        return one_line("ctl.py", work)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 if __name__ == "__main__":
