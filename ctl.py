@@ -977,7 +977,7 @@ PRESETS = {
     "mini": MINI,  # a tenth of the images: a quarter of an hour on a core
     # A demonstration on shapes, two minutes a run; and seconds, for tests.
     "quick": dict(MINI, dataset="shapes", size=24, width=8, subset=500, test_subset=1000, batch_size=16, epochs=160,
-                  lr=0.01, k=40, eval_every=0),
+                  lr=0.01, k=200, eval_every=0),
     "smoke": dict(MINI, dataset="shapes", epochs=3, batch_size=16, width=4, dim=16, lr=0.03, warmup=1.0, k=8,
                   subset=100, test_subset=100, eval_every=2),
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up and runs the study. Call it as often as you like: what is done is skipped, what was broken off goes on.
 #   bash reproduce.sh [OPTION…]   the cells of Table 1, then the report: tables, figures, verdicts
-#   bash reproduce.sh quick       the same, small, on images made by code: ten minutes on two CPU cores, no download
+#   bash reproduce.sh quick       seven small cells on images made by code: ten minutes on two CPU cores, no download
 #   bash reproduce.sh test …      the tests, on all cores; what follows goes to pytest
 #   sbatch --array=0-7 --gres=gpu:1 reproduce.sh [OPTION…]   each task of the Slurm array takes its share of the cells
 # Options; relative paths start at the folder of this file:
@@ -73,7 +73,7 @@ seeds="${SEEDS:-}" jobs="${JOBS:-}" dry="" more=""
 while [ $# -gt 0 ]; do
     case "$1" in
         test) set_up; exec .venv/bin/python -m pytest -q -n "$(cores)" "${@:2}" test_ctl.py results ;;
-        quick) preset=quick; shift; continue ;;
+        quick) preset=quick losses="contrastive hard simple" taus="0.3 0.7 1.0"; shift; continue ;;
         --dry-run) dry=yes; shift; continue ;;
         -h | --help) sed -n '2,19s/^# \{0,1\}//p' reproduce.sh; exit 0 ;;
         --) [ $# -eq 1 ] || more="$(printf ' %q' "${@:2}")"; break ;;

@@ -1589,7 +1589,7 @@ lr              0.03         0.1         0.1         0.01        0.03
 schedule        step         cosine      cosine      cosine      cosine
 warmup          0.0          3.0         3.0         3.0         1.0
 bank_init       random       embeddings  embeddings  embeddings  embeddings
-k               4095         4095        409         40          8
+k               4095         4095        409         200         8
 subset          None         None        5000        500         100
 test_subset     None         None        None        1000        100
 probe_lr        30.0         0.3         0.3         0.3         0.3
