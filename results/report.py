@@ -681,4 +681,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which the interpreter of .venv may not have
     sys.exit(ctl.one_line("report.py", main))

@@ -663,7 +663,7 @@ def test_a_strange_environment():
     """A notebook's backend, a user's matplotlibrc, a terminal without τ, no docstrings; started from another folder."""
     put("simple")
     Path("matplotlibrc").write_text("text.usetex: True\n")
-    env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii",
+    env = {**os.environ, "MPLBACKEND": "module://not_installed.backend_inline", "PYTHONIOENCODING": "ascii",
            "PYTHONOPTIMIZE": "2"}
     command = [sys.executable, HOME / "report.py", "--results", "results"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
