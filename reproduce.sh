@@ -1,19 +1,16 @@
 #!/usr/bin/env bash
 # Sets up and runs the study. Call it as often as you like: what is done is skipped, what was broken off goes on.
-#   bash reproduce.sh [OPTION…]   the cells of Table 1, then the report: tables, figures, verdicts
+#   bash reproduce.sh [OPTION…]   the cells of Table 1, then the report; or share them out: sbatch --array=0-7 reproduce.sh
 #   bash reproduce.sh quick       seven small cells on images made by code: ten minutes on two CPU cores, no download
 #   bash reproduce.sh test …      the tests, on all cores; what follows goes to pytest
-#   sbatch --array=0-7 --gres=gpu:1 reproduce.sh [OPTION…]   each task of the Slurm array takes its share of the cells
 # Options; relative paths start at the folder of this file:
 #   --preset P        paper, narrow, mini, quick or smoke  [paper where there is a GPU, else mini]
-#   --datasets "A B"  names or folders, or one folder with spaces in its name
-#                     [cifar10 cifar100 svhn, as far as they can be had; quick and smoke: shapes]
+#   --datasets "A B"  names, folders or one folder with spaces  [cifar10 cifar100 svhn if they can be had; quick: shapes]
 #   --losses "A B"    [contrastive hard simple hard-simple]
 #   --taus "A B"      of the losses that have a temperature  [0.07 0.3 0.7 1.0]
 #   --seeds N         seeds 0 … N-1  [$SEEDS, or 3; quick: 1]
 #   --jobs N          runs at once  [$JOBS, or three on each GPU; without one, one a core with one thread each]
-#   --data DIR        where downloads are or go  [data]
-#   --results DIR     where records are or go; those that are there count as done  [results]
+#   --data DIR, --results DIR  folders of downloads and of records; a cell that has a record is done  [data, results]
 #   --dry-run         print the plan and each command, train nothing
 #   -- …              all that follows goes to ctl.py, for example  -- --match-step
 # The first call makes .venv beside this file (PYTHON names the interpreter; 3.10 or later).
@@ -26,8 +23,7 @@ check() { [[ "$2" =~ ^($3)$ ]] || stop "--$1 can't be '$2'"; }
 cores() { echo "${SLURM_CPUS_PER_TASK:-$(env -u OMP_NUM_THREADS nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)}"; }
 
 CDPATH="" cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
-[ -e ctl.py ] || cd "${SLURM_SUBMIT_DIR:-.}" # Slurm runs a copy of this file
-[ -e ctl.py ] || stop "ctl.py is not beside it"
+[ -e ctl.py ] || { cd "${SLURM_SUBMIT_DIR:-.}" && [ -e ctl.py ]; } || stop "no ctl.py beside it" # Slurm runs a copy
 mkdir -p runs
 
 set_up() (
@@ -37,15 +33,13 @@ set_up() (
         "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || stop "PYTHON: $PYTHON is older than 3.10"
         "$PYTHON" -m venv --clear .venv
     fi
-    if ! cmp -s requirements.txt .venv/installed.txt; then
-        echo "installing requirements.txt into .venv"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-        cp requirements.txt .venv/installed.txt
-    fi
+    if cmp -s requirements.txt .venv/installed.txt; then return; fi
+    echo "installing requirements.txt into .venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/installed.txt
 ) 9> runs/.set-up.lock
 
-# The cells of this task, a line each, one seed of everything first. The line ends with where it runs: on a CPU with one
-# thread, as two runs at once get more images through than one run with two.
+# The cells of this task, a line each. On a CPU two runs of one thread do more than one run of two threads.
 cells() {
     for ((seed = 0; seed < seeds; seed++)); do for name in "${datasets[@]}"; do for loss in $losses; do
         if [[ "$loss" =~ ^(contrastive|hard)$ ]]; then set -- $taus; else set -- ""; fi
@@ -54,7 +48,6 @@ cells() {
         print $0 (gpus > 0 ? " --device cuda:" n++ % gpus : " --device cpu --threads 1") }'
 }
 
-# One that fails stops no other.
 run_cell() {
     local cell="${1% --device *}" log status=0
     log="$logs/$(printf %s "${cell//--/}${more//--/}" | tr -cs 'a-zA-Z0-9.-' _ | cut -c 1-200).log"
@@ -75,7 +68,7 @@ while [ $# -gt 0 ]; do
         test) set_up; exec .venv/bin/python -m pytest -q -n "$(cores)" "${@:2}" test_ctl.py results ;;
         quick) preset=quick losses="contrastive hard simple" taus="0.3 0.7 1.0"; shift; continue ;;
         --dry-run) dry=yes; shift; continue ;;
-        -h | --help) sed -n '2,19s/^# \{0,1\}//p' reproduce.sh; exit 0 ;;
+        -h | --help) sed -n '2,/^if/s/^# \{0,1\}//p' reproduce.sh; exit 0 ;;
         --) [ $# -eq 1 ] || more="$(printf ' %q' "${@:2}")"; break ;;
         --preset | --datasets | --losses | --taus | --seeds | --jobs | --data | --results) ;;
         *) stop "unknown: $1" ;;
@@ -84,6 +77,7 @@ while [ $# -gt 0 ]; do
     printf -v "${1#--}" %s "$2"
     shift 2
 done
+case "$preset" in quick | smoke) : "${datasets:=shapes}" ;; esac
 datasets="${datasets/#~\//$HOME/}" seeds="${seeds:-$([ "$preset" = quick ] && echo 1 || echo 3)}"
 if [ -d "$datasets" ]; then datasets=("$datasets"); else datasets=($datasets); fi
 check preset "$preset" "|paper|narrow|mini|quick|smoke"
@@ -93,22 +87,17 @@ for name in $taus; do check taus "$name" "[0-9.e-]+"; done
 for name in "${datasets[@]:-shapes}"; do [ -d "$name" ] || check datasets "$name" "cifar10|cifar100|svhn|shapes"; done
 # Slurm tells a task the first index, the last and how many there are, but not which: there must be no gap.
 shares="${SLURM_ARRAY_TASK_COUNT:-1}" first="${SLURM_ARRAY_TASK_MIN:-0}" share=$((${SLURM_ARRAY_TASK_ID:-0} - first))
-[ "$shares" -eq $((${SLURM_ARRAY_TASK_MAX:-0} - first + 1)) ] ||
-    stop "in an array with gaps no task knows its share: write it as a range, such as --array=0-7"
+((shares == ${SLURM_ARRAY_TASK_MAX:-0} - first + 1)) || stop "array with gaps: write a range, such as --array=0-7"
 
 set_up
 gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -gt 0 ]; then fits=paper at_once=$((3 * gpus)); else fits=mini at_once=$(cores); fi
-if [ "${preset:-$fits}" = mini ]; then echo "preset mini: 5,000 images and 60 epochs, not the paper's protocol"; fi
-preset="${preset:-$fits}" jobs="${jobs:-$at_once}"
-if [ ${#datasets[@]} -eq 0 ] && [[ "$preset" =~ quick|smoke ]]; then datasets=(shapes); fi
-if [ ${#datasets[@]} -eq 0 ]; then
-    have='import sys, ctl; sys.exit(ctl.one_line("left out", ctl.load_dataset, *sys.argv[1:]))'
-    for name in cifar10 cifar100 svhn; do
-        if [ -n "$dry" ] || .venv/bin/python -c "$have" "$name" "$data"; then datasets+=("$name"); fi
-    done
-    [ ${#datasets[@]} -gt 0 ] || stop "no data set can be had: take --datasets FOLDER or --datasets shapes"
-fi
+if [ "$gpus" -gt 0 ]; then : "${preset:=paper}" "${jobs:=$((3 * gpus))}"; else : "${preset:=mini}" "${jobs:=$(cores)}"; fi
+if [ "$preset" = mini ]; then echo "preset mini: 5,000 images and 60 epochs, not the paper's protocol"; fi
+have='import sys, ctl; sys.exit(ctl.one_line("left out", ctl.load_dataset, *sys.argv[1:]))'
+[ ${#datasets[@]} -gt 0 ] || for name in cifar10 cifar100 svhn; do
+    if [ -n "$dry" ] || .venv/bin/python -c "$have" "$name" "$data"; then datasets+=("$name"); fi
+done
+[ ${#datasets[@]} -gt 0 ] || stop "no data set can be had: take --datasets FOLDER or --datasets shapes"
 common=$(printf -- '--preset %s --data %q --results %q' "$preset" "$data" "$results") count=$(cells | wc -l)
 case "$preset" in paper) one=9 ;; narrow) one=120 ;; mini) one=15 ;; quick) one=2 ;; *) one=1 ;; esac # minutes
 minutes=$(((count + jobs - 1) / jobs * one)) logs="runs/logs/$preset-${results//\//%}"
@@ -121,7 +110,6 @@ fi
 mkdir -p "$logs"
 # glibc keeps freed memory: with 50,000 images on a CPU a step takes a sixth less time (results/SPEED.md).
 export MALLOC_TOP_PAD_=134217728 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
-export -f run_cell
-export common more logs
+export -f run_cell && export common more logs
 cells | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c 'set -uo pipefail; run_cell "$1"' cell || failed=yes
 .venv/bin/python results/report.py --results "$results" --preset "$preset" && [ -z "${failed:-}" ]
