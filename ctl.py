@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Understanding the Behaviour of Contrastive Loss (Wang & Liu, CVPR 2021), reproduced in one file.
 
-    python ctl.py --tau 0.3 --dataset shapes   # one run: train, evaluate, put the result beside the paper's
-    python ctl.py --help                       # every setting: its meaning, its value in each preset, its source
-    bash reproduce.sh                          # Table 1 on CIFAR and SVHN; then tables, verdicts and figures
+    python ctl.py --tau 0.3         # one run on CIFAR-10: train, evaluate, put the result beside the paper's
+    python ctl.py --preset quick    # the same in two minutes, on images made by code
+    python ctl.py --help            # every setting: its meaning, its value in each preset, its source
+    bash reproduce.sh               # Table 1 on CIFAR and SVHN; then tables, verdicts and figures
 
 The contrastive loss pulls an image towards its own view and pushes it from all other images. It pushes the nearest
 of them hardest; the temperature tau says by how much. At small tau only the nearest negatives count: features spread
@@ -33,7 +34,6 @@ import dataclasses
 import functools
 import hashlib
 import http.client
-import inspect
 import io
 import json
 import math
@@ -62,9 +62,37 @@ from torchvision import transforms
 from tqdm import tqdm
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ 1  LOSS                                                                               paper, section 3, Eqs. 1-9 │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+class Stop(Exception):
+    """A run can't go on: one line that says why, and the exit status."""
+    status = 1  # the run failed
+
+
+class BadInput(Stop, ValueError):
+    status = 2  # wrong arguments or data, or a file of another config
+
+
+class Busy(Stop):
+    status = 3  # another process is at work on this run
+
+
+class NotFinite(ValueError):
+    """A similarity, an embedding or a weight is NaN or infinite."""
+
+
+def require(right: bool | Tensor, words: str, error: type[Exception] = ValueError) -> None:
+    if not right:
+        raise error(words)
+
+
+def say(line: str) -> None:
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads on, and the work goes on
+        sys.stdout = open(os.devnull, "w")
+
+
+# ── 1  LOSS ───────────────────────────────────────────────────────────────────────────── paper, section 3, Eqs. 1-9 ──
 #
 # Everything here is a function of s_ij = f(x_i)·g(x_j), the similarity of anchor i with training image j.
 # With d_ij = s_ij - s_ii, how far j is ahead of anchor i's own image, the paper's losses are three ways to
@@ -74,12 +102,8 @@ from tqdm import tqdm
 #     contrastive   tau · log sum_j exp(d_ij / tau)     any tau          (Eq. 1 times tau)
 #     simple        mean_j d_ij                         tau -> infinity  (Eq. 7 times tau, less its constant)
 #
-# The sums run over all columns: the positive is one of them, with d_ii = 0. The hard losses (Eqs. 8, 9) keep the
-# positive and the k largest of the others.
-
-
-class NotFinite(ValueError):
-    """A similarity, an embedding or a weight is NaN or infinite."""
+# The sums run over all columns: the positive is one of them, with d_ii = 0. The hard losses (Eq. 9; penalty, Eq. 8)
+# keep the positive and the k largest of the others.
 
 
 def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
@@ -137,9 +161,9 @@ def loss_gradient(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: 
     the positive, 0 at negatives that k drops. Each row sums to 0. For readers and tests; training uses autograd.
     """
     similarity, _ = check_similarity(similarity, positive, tau, k)
-    own = positive[:, None] == torch.arange(similarity.shape[1], device=similarity.device)  # (B, N)
+    own, dropped = own_and_dropped(similarity, positive, k)
     # Eq. 2: P_ij = exp(s_ij/tau) / sum_k exp(s_ik/tau), here at the negatives
-    P = torch.softmax(keep_nearest(similarity, positive, k) / tau, dim=1).masked_fill(own, 0.0)
+    P = torch.softmax(similarity.masked_fill(dropped, -torch.inf) / tau, dim=1).masked_fill(own, 0.0)
     # Eq. 4: dL/ds_ij = P_ij / tau and dL/ds_ii = -(1/tau) sum_{k != i} P_ik, which is exact where P_ii - 1 would cancel
     return torch.where(own, -P.sum(dim=1, keepdim=True), P) / tau
 
@@ -151,10 +175,9 @@ def relative_penalty(similarity: Tensor, positive: Tensor, tau: float | Tensor, 
     is no negative, N = 1); 0 at the positive, which the penalty does not depend on, and at negatives that k drops.
     """
     similarity, _ = check_similarity(similarity, positive, tau, k)
-    own = positive[:, None] == torch.arange(similarity.shape[1], device=similarity.device)  # (B, N)
+    own, dropped = own_and_dropped(similarity, positive, k)
     # Eq. 5: r_i(s_ij) = exp(s_ij/tau) / sum_{k != i} exp(s_ik/tau)
-    kept = keep_nearest(similarity, positive, k).masked_fill(own, -torch.inf)
-    return torch.softmax(kept / tau, dim=1).masked_fill(own, 0.0)
+    return torch.softmax(similarity.masked_fill(own | dropped, -torch.inf) / tau, dim=1).masked_fill(own, 0.0)
 
 
 def nearest_negatives(similarity: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -164,87 +187,59 @@ def nearest_negatives(similarity: Tensor, positive: Tensor, k: int) -> tuple[Ten
     return others.topk(min(k, similarity.shape[1] - 1), dim=1, sorted=False)
 
 
-def keep_nearest(similarity: Tensor, positive: Tensor, k: int | None) -> Tensor:
-    """(B, N): similarity, with -inf at the negatives that k drops."""
+def own_and_dropped(similarity: Tensor, positive: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """(B, N) each: which column is the anchor's own image, and which are the negatives that k drops."""
+    own = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, positive[:, None], True)
     if k is None:
-        return similarity
-    columns = nearest_negatives(similarity, positive, k)[1]  # (B, k)
-    dropped = torch.ones_like(similarity, dtype=torch.bool).scatter(1, columns, False)
-    return similarity.masked_fill(dropped.scatter(1, positive[:, None], False), -torch.inf)
+        return own, torch.zeros_like(own)
+    return own, ~own.scatter(1, nearest_negatives(similarity, positive, k)[1], True)
 
 
 def check_similarity(similarity, positive, tau=1.0, k=None) -> tuple[Tensor, Tensor]:
     """Raise ValueError where an argument of the losses is wrong; return similarity, and s_ii as a column (B, 1)."""
-    if not isinstance(similarity, Tensor) or similarity.ndim != 2 or not similarity.is_floating_point():
-        raise ValueError(f"similarity must be (B, N) floating point, not {describe(similarity)}")
+    require(torch.is_tensor(similarity) and similarity.is_floating_point() and similarity.ndim == 2,
+            "similarity must be (B, N) floating point")
     B, N = similarity.shape
-    if not isinstance(positive, Tensor) or positive.dtype != torch.int64 or positive.shape != (B,) or N == 0:
-        raise ValueError(f"positive must be an int64 tensor of shape ({B},), columns of {N}, not {describe(positive)}")
-    if isinstance(tau, bool) or not isinstance(tau, (numbers.Real, Tensor)) or isinstance(tau, Tensor) and tau.ndim:
-        raise ValueError(f"tau must be a number, or a tensor of no dimensions, not {describe(tau)}")
-    if k is not None and (isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1):
-        raise ValueError(f"k must be a whole number, at least 1, not {k!r}")
+    require(torch.is_tensor(positive) and positive.dtype == torch.int64 and positive.shape == (B,) and N > 0,
+            f"positive must be an int64 tensor of shape ({B},), columns of {N}")
+    require(tau.ndim == 0 if torch.is_tensor(tau) else isinstance(tau, numbers.Real),
+            "tau must be a number, or a tensor of no dimensions")
+    require(k is None or isinstance(k, numbers.Integral) and k >= 1, "k must be a whole number, at least 1")
     if similarity.dtype in (torch.half, torch.bfloat16):
         similarity = similarity.float()
     # Reading values would make a GPU wait, and break a graph that is being compiled.
     if similarity.device.type == "cpu" and not torch.compiler.is_compiling():
-        value = float(tau.detach()) if isinstance(tau, Tensor) else float(tau)
-        if not torch.finfo(similarity.dtype).tiny <= value < math.inf:
-            raise ValueError(f"tau must be finite and above 0 (also in {similarity.dtype}), not {value}")
-        if B and not 0 <= positive.min() <= positive.max() < N:
-            raise ValueError(f"positive must lie in 0..{N - 1}, the columns of similarity")
-        if not similarity.isfinite().all():
-            raise NotFinite("similarity holds NaN or infinity")
+        value = float(tau.detach() if torch.is_tensor(tau) else tau)
+        require(torch.finfo(similarity.dtype).tiny <= value < math.inf,
+                f"tau must be finite and above 0 (also in {similarity.dtype}), not {value}")
+        require(B == 0 or 0 <= positive.min() <= positive.max() < N, f"positive must lie in 0..{N - 1}")
+        require(similarity.isfinite().all(), "similarity holds NaN or infinity", NotFinite)
     return similarity, similarity.gather(1, positive[:, None])
 
 
-def describe(value) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return f"{value!r:.60}".splitlines()[0]
-
-
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ 2  METRICS                                                         paper, sections 4 and 5.1, Eqs. 10-11, Fig. 8 │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── 2  METRICS ─────────────────────────────────────────────────────── paper, sections 4 and 5.1, Eqs. 10-11, Fig. 8 ──
 #
-# z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees.
-# Nothing is subsampled. Functions over all pairs work on ROWS rows at a time.
+# z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees. Labels: int64, from 0.
+# Nothing is subsampled: functions over all pairs work on ROWS rows at a time. Each function raises ValueError where an
+# argument does not fit, and gives the same number in any context of a caller (autocast, inference mode).
 
 ROWS = 256  # rows of a block
 
 
-def in_any_context(metric):
-    """Run a metric in full precision and without gradients, whatever the caller's context."""
-    @functools.wraps(metric)
-    def outside(*arguments, **options):
-        first = next((value for value in (*arguments, *options.values()) if isinstance(value, Tensor)), torch.empty(0))
-        with torch.inference_mode(False), torch.no_grad(), precision(first.device):
-            return metric(*arguments, **options)
-    return outside
-
-
-def precision(device: torch.device, bfloat16: bool = False):
-    """A context in which matrix products and convolutions run in bfloat16, or as their tensors are."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-
-
-@in_any_context
+@torch.no_grad()
 def uniformity(z: Tensor, t: float = 2.0) -> float:
     """How evenly embeddings fill the sphere: -L_uniformity of Eq. 10, over the pairs i < j.
 
     z: (n, dim) unit vectors. Returns a value in [0, 4t]: 0 if all are equal, larger = more uniform (3.94 for many
     vectors spread evenly over the sphere in 128 dimensions, at t = 2); nan for fewer than two vectors, inf where every
-    term underflows (a huge t). Raises ValueError for other vectors.
+    term underflows (a huge t).
     """
     check_vectors(z=z)
     n, total = len(z), 0.0
     if n < 2:
         return math.nan
     for i in range(0, n, ROWS):
-        s = z[i:i + ROWS] @ z[i:].T  # (b, n - i)
+        s = products(z[i:i + ROWS], z[i:])  # (b, n - i)
         # |z_i - z_j|² = 2 - 2 s_ij for unit vectors, so exp(-t |z_i - z_j|²) = exp(2t (s_ij - 1))
         terms = s.sub_(1).mul_(2 * t).exp_()
         # The first b columns are these rows themselves: there each pair stands twice, and each vector beside itself.
@@ -254,13 +249,13 @@ def uniformity(z: Tensor, t: float = 2.0) -> float:
     return -math.log(total / (n * (n - 1) / 2)) if total else math.inf
 
 
-@in_any_context
+@torch.no_grad()
 def tolerance(z: Tensor, labels: Tensor) -> float:
     """Mean similarity of two samples of the same class: Eq. 11 as the paper's text and table mean it, over pairs i < j.
 
-    z: (n, dim) unit vectors; labels: (n,) integers from 0. Returns a value in [-1, 1]; nan where no class has two
-    samples. Raises ValueError for other vectors or labels. (Eq. 11 as printed averages over *all* pairs, 0 where
-    classes differ: with 100 classes that could not exceed 0.01, and Table 1 has 0.39.)
+    z: (n, dim) unit vectors; labels: (n,). Returns a value in [-1, 1]; nan where no class has two samples. (Eq. 11 as
+    printed averages over *all* pairs, 0 where classes differ: with 100 classes that could not exceed 0.01, and Table 1
+    has 0.39.)
     """
     check_vectors(z=z)
     check_labels(labels=(labels, z))
@@ -272,54 +267,50 @@ def tolerance(z: Tensor, labels: Tensor) -> float:
     return ((S.square().sum() - z.square().sum()) / pairs).item() if pairs else math.nan
 
 
-@in_any_context
+@torch.no_grad()
 def alignment(z1: Tensor, z2: Tensor) -> float:
     """Mean squared distance of the two views of each image (Wang & Isola, ICML 2020, with exponent 2).
 
     z1, z2: (n, dim) unit vectors, row i of both from image i. Returns a value in [0, 4], 0 if the views coincide.
-    Raises ValueError for other vectors.
     """
     check_vectors(z1=z1, z2=z2)
-    if z1.shape != z2.shape:
-        raise ValueError(f"z1 and z2 must have one shape, not {tuple(z1.shape)} and {tuple(z2.shape)}")
+    require(z1.shape == z2.shape, "z1 and z2 must have one shape")
     return (z1.double() - z2.double()).square().sum(dim=1).mean().item()
 
 
-@in_any_context
+@torch.no_grad()
 def similarity_profile(z: Tensor, z2: Tensor, positive: Tensor, top: int = 10) -> Tensor:
     """Mean similarity of the positive, then of the nearest, second nearest, … negative: a panel of Fig. 8.
 
     z: (n, dim) unit vectors, the anchors. z2: (m, dim) unit vectors to compare with (other views, or a bank's rows),
     row `positive[i]` being anchor i's own. Returns (1 + top,) float64 on the CPU, in [-1, 1]; nan where there are
-    fewer negatives than that. Raises ValueError for other vectors.
+    fewer negatives than that.
     """
     check_vectors(z=z, z2=z2)
-    if not isinstance(positive, Tensor) or positive.shape != z.shape[:1]:
-        raise ValueError(f"positive must be an int64 tensor of shape ({len(z)},), not {describe(positive)}")
+    require(torch.is_tensor(positive) and positive.shape == z.shape[:1], f"positive must be of shape ({len(z)},)")
     kept = min(top, len(z2) - 1)
     total = torch.zeros(1 + kept, dtype=torch.float64)
     for rows, own in zip(z.split(ROWS), positive.split(ROWS)):
-        s, s_ii = check_similarity(rows @ z2.T, own)  # (b, m), (b, 1)
+        s, s_ii = check_similarity(products(rows, z2), own)  # (b, m), (b, 1)
         negatives = nearest_negatives(s, own, kept)[0].sort(dim=1, descending=True).values  # (b, kept)
         total += torch.cat([s_ii, negatives], dim=1).sum(dim=0, dtype=torch.float64).cpu()
     return F.pad(total / len(z), (0, top - kept), value=math.nan)
 
 
-@in_any_context
+@torch.no_grad()
 def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor,
                  k: int = 200, temperature: float = 0.07) -> float:
     """Percent of test images whose k nearest training images vote for their class, with weights exp(s/temperature).
 
-    train_z, test_z: (n, dim), (m, dim) unit vectors; train_y, test_y: (n,), (m,) int64 classes from 0. All n vote
-    where n < k. The protocol is the authors' (Wu et al., CVPR 2018). Raises ValueError where an argument is wrong.
+    train_z, test_z: (n, dim), (m, dim) unit vectors; train_y, test_y: (n,), (m,). All n vote where n < k. The protocol
+    is the authors' (Wu et al., CVPR 2018).
     """
     check_vectors(train_z=train_z, test_z=test_z)
     check_labels(train_y=(train_y, train_z), test_y=(test_y, test_z))
-    if not isinstance(k, numbers.Integral) or k < 1 or not temperature > 0:
-        raise ValueError(f"k must be at least 1 and temperature above 0, not {k} and {temperature}")
+    require(isinstance(k, numbers.Integral) and k >= 1 and temperature > 0, "k must be at least 1, temperature above 0")
     classes, right = 1 + max(train_y.max().item(), test_y.max().item()), 0
     for z, y in zip(test_z.split(ROWS), test_y.split(ROWS)):
-        s, neighbour = (z @ train_z.T).topk(min(k, len(train_z)), dim=1)  # (b, k), the nearest first
+        s, neighbour = products(z, train_z).topk(min(k, len(train_z)), dim=1)  # (b, k), the nearest first
         # All of a row's weights are divided by the largest: none overflows, and the nearest never vanishes.
         weight = torch.exp((s - s[:, :1]) / temperature)
         votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], weight)  # (b, classes)
@@ -327,73 +318,79 @@ def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tenso
     return 100 * right / len(test_y)
 
 
-@in_any_context
+@torch.inference_mode(False)
+@torch.no_grad()
 def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, epochs: int = 100, lr: float = 30.0,
                  momentum: float = 0.9, milestones: tuple[int, ...] = (40, 60, 80), gamma: float = 0.2,
                  batch_size: int = 256, seed: int = 0) -> float:
     """Percent of test images that a linear classifier on frozen features gets right, after its last epoch.
 
     train_h: (n, d) features, or (V, n, d) for V views of each image, of which each epoch picks one at random (an
-    image and its mirror image: then this is training with random flips). test_h: (m, d). train_y, test_y: int64
-    classes from 0. SGD without weight decay, lr · gamma at the milestones (paper, section 5.1; batch, momentum and
-    flips from the authors' code, which reports its best epoch on the test set: this reports the last).
-    Raises ValueError where an argument is wrong, NotFinite where it diverges.
+    image and its mirror image: then this is training with random flips). test_h: (m, d). SGD without weight decay,
+    lr · gamma at the milestones (paper, section 5.1; batch, momentum and flips from the authors' code, which reports
+    its best epoch on the test set: this reports the last). Raises NotFinite where it diverges.
     """
     V, rows = 1, train_h
-    if isinstance(train_h, Tensor) and train_h.ndim == 3:
+    if torch.is_tensor(train_h) and train_h.ndim == 3:
         V, rows = len(train_h), train_h.flatten(0, 1)  # (V·n, d)
     check_vectors(unit=False, train_h=rows, test_h=test_h)
     n, d = len(rows) // V, rows.shape[1]
     check_labels(train_y=(train_y, rows[:n]), test_y=(test_y, test_h))
-    rows = rows.detach()
-    classes = 1 + int(max(train_y.max(), test_y.max()))
-    layer = nn.utils.skip_init(nn.Linear, d, classes, device=rows.device, dtype=rows.dtype)
+    rows, classes = rows.detach(), 1 + int(max(train_y.max(), test_y.max()))
     # The problem is convex: 0 is as good a start as any, and needs no draw.
-    nn.init.zeros_(layer.bias)
-    nn.init.zeros_(layer.weight)
-    optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=momentum)
+    weight, bias = rows.new_zeros(classes, d, requires_grad=True), rows.new_zeros(classes, requires_grad=True)
+    optimiser = torch.optim.SGD([weight, bias], lr=lr, momentum=momentum)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones), gamma)
     draws = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = torch.randperm(n, generator=draws)
-        view = torch.randint(V, (n,), generator=draws)
-        image, row = order.to(rows.device), (view * n + order).to(rows.device)
-        for image, row in zip(image.split(batch_size), row.split(batch_size)):
-            with torch.enable_grad():
+    with torch.enable_grad(), autocast(rows.device):
+        for _ in range(epochs):
+            order = torch.randperm(n, generator=draws)
+            view = torch.randint(V, (n,), generator=draws)
+            images = torch.stack([order, view * n + order]).to(rows.device)  # and the rows of `rows` that show them
+            for image, row in images.split(batch_size, dim=1):
                 optimiser.zero_grad()
-                F.cross_entropy(layer(rows[row]), train_y[image]).backward()
-            optimiser.step()
-        schedule.step()
-    if not (layer.weight.isfinite().all() and layer.bias.isfinite().all()):
-        raise NotFinite("the linear probe's weights")
-    return 100 * (layer(test_h).argmax(dim=1) == test_y).double().mean().item()
+                F.cross_entropy(F.linear(rows[row], weight, bias), train_y[image]).backward()
+                optimiser.step()
+            schedule.step()
+    require(weight.isfinite().all() and bias.isfinite().all(), "the linear probe's weights", NotFinite)
+    with autocast(rows.device):
+        return 100 * (F.linear(test_h, weight, bias).argmax(dim=1) == test_y).double().mean().item()
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """The inner products of two sets of vectors, in their own precision: (n, dim), (m, dim) -> (n, m)."""
+    with autocast(a.device):
+        return a @ b.T
+
+
+def autocast(device: torch.device, bfloat16: bool = False):
+    """A context in which matrix products and convolutions run in bfloat16, or else in their tensors' own dtype."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def check_vectors(unit: bool = True, **sets: Tensor) -> None:
     """Raise ValueError unless all sets hold vectors (n, dim), of one dim and precision, finite and, if so, unit."""
     for name, z in sets.items():
-        if not isinstance(z, Tensor) or z.ndim != 2 or z.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} must be (n, dim) float32 or float64, not {describe(z)}")
-        if not z.isfinite().all():
-            raise NotFinite(f"{name} must be finite, but holds NaN or infinity")
-        if unit and not ((torch.linalg.vector_norm(z, dim=1) - 1).abs() < 1e-3).all():
-            raise ValueError(f"{name} must hold unit vectors: divide each row by its length first")
-    if len({(z.shape[1], z.dtype) for z in sets.values()}) > 1:
-        raise ValueError(f"{' and '.join(sets)} must have one dim and one precision")
+        require(torch.is_tensor(z) and z.ndim == 2 and z.dtype in (torch.float32, torch.float64),
+                f"{name} must be (n, dim) float32 or float64")
+        require(z.isfinite().all(), f"{name} must be finite, but holds NaN or infinity", NotFinite)
+        require(not unit or ((torch.linalg.vector_norm(z, dim=1) - 1).abs() < 1e-3).all(),
+                f"{name} must hold unit vectors: divide each row by its length first")
+    require(len({(z.shape[1], z.dtype) for z in sets.values()}) < 2,
+            f"{' and '.join(sets)} must have one dim and one precision")
 
 
 def check_labels(**pairs: tuple[Tensor, Tensor]) -> None:
-    """Raise ValueError unless there is a class from 0 for each of the rows: name=(labels, rows)."""
+    """Raise ValueError unless labels hold a class from 0 for each of the rows, one at least. name=(labels, rows)."""
     for name, (labels, rows) in pairs.items():
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != rows.shape[:1]:
-            raise ValueError(f"{name} must be an int64 tensor of shape ({len(rows)},), not {describe(labels)}")
-        if len(labels) == 0 or labels.min() < 0:
-            raise ValueError(f"{name} must hold classes from 0, one at least")
+        require(torch.is_tensor(labels) and labels.dtype == torch.int64 and labels.shape == rows.shape[:1],
+                f"{name} must be an int64 tensor of shape ({len(rows)},)")
+        require(len(labels) > 0 and labels.min() >= 0, f"{name} must hold classes from 0, one at least")
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ 3  MEMORY BANK                                                                                paper, section 5.1 │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── 3  MEMORY BANK ────────────────────────────────────────────────────────────────────────────── paper, section 5.1 ──
 
 
 class MemoryBank:
@@ -405,39 +402,32 @@ class MemoryBank:
 
     def __init__(self, size: int, dim: int = 128, momentum: float = 0.5, init: str | Tensor = "random",
                  generator: torch.Generator | None = None, device: torch.device | str = "cpu"):
-        if not isinstance(momentum, numbers.Real) or not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must lie in [0, 1], not {momentum!r}")
+        require(isinstance(momentum, numbers.Real) and 0 <= momentum <= 1, "momentum must lie in [0, 1]")
         if isinstance(init, str) and init == "random":
             init = torch.randn(size, dim, generator=generator, dtype=torch.float32)
-        if not isinstance(init, Tensor) or init.shape != (size, dim):
-            raise ValueError(f'init must be "random" or a tensor of shape ({size}, {dim})')
+        require(torch.is_tensor(init) and init.shape == (size, dim),
+                f'init must be "random" or a tensor of shape ({size}, {dim})')
         with torch.inference_mode(False):  # a bank made inside a caller's inference mode must learn outside it
             self.rows = F.normalize(init.detach().float(), dim=1).to(device)
-        if size and not ((self.rows.norm(dim=1) - 1).abs() < 1e-3).all():
-            raise ValueError("init must hold finite rows, none of them all zeros")
+        require(((self.rows.norm(dim=1) - 1).abs() < 1e-3).all(), "init must hold finite rows, none of them all zeros")
         self.momentum = momentum
 
     def similarity(self, z: Tensor) -> Tensor:
         """s_ij = f(x_i)·g(x_j). z: (B, dim). Returns (B, N), float32 whatever the network's precision."""
-        if z.ndim != 2 or z.shape[1] != self.rows.shape[1]:
-            raise ValueError(f"z must be (B, {self.rows.shape[1]}), not {describe(z)}")
-        with precision(z.device):
-            return z.float() @ self.rows.T
+        require(z.ndim == 2 and z.shape[1] == self.rows.shape[1], f"z must be (B, {self.rows.shape[1]})")
+        return products(z.float(), self.rows)
 
     @torch.no_grad()
     def update(self, index: Tensor, z: Tensor) -> None:
         """Move the rows `index` (B,) towards the embeddings z (B, dim) of the same images, and back to the sphere."""
         old = self.rows[index]
-        if z.shape != old.shape:
-            raise ValueError(f"z must be {tuple(old.shape)}, an embedding for each index, not {describe(z)}")
+        require(z.shape == old.shape, f"z must be {tuple(old.shape)}, an embedding for each index")
         mixed = self.momentum * old + (1 - self.momentum) * z.float()
         opposite = (mixed == 0).all(dim=1, keepdim=True)  # nothing to normalise: such a row stays
         self.rows[index] = F.normalize(torch.where(opposite, old, mixed), dim=1)
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ 4  NETWORK                                                                                    paper, section 5.1 │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── 4  NETWORK ────────────────────────────────────────────────────────────────────────────────── paper, section 5.1 ──
 
 
 class Block(nn.Module):
@@ -466,7 +456,7 @@ class ResNet18(nn.Module):
     """f(x): ResNet-18 with a 3x3 first convolution of stride 1 and no max-pooling, for images of 32x32.
 
     x: (B, 3, size, size), normalised. width: channels of the first stage (64 in the paper); dim: of the embedding;
-    in_bfloat16: run in bfloat16. Convolutions start He-normal (fan-out), the head Xavier-uniform (authors' code).
+    bfloat16: run in bfloat16. Convolutions start He-normal (fan-out), the head Xavier-uniform (authors' code).
     """
 
     def __init__(self, width: int = 64, dim: int = 128, bfloat16: bool = False):
@@ -484,12 +474,12 @@ class ResNet18(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """h, (B, 8·width) float32: the pooled features that the linear probe sees."""
-        with precision(x.device, self.in_bfloat16):
+        with autocast(x.device, self.in_bfloat16):
             return self.stages(self.stem(x)).mean(dim=(2, 3)).float()
 
     def project(self, h: Tensor) -> Tensor:
         """(B, dim) float32: the embedding before it is normalised."""
-        with precision(h.device, self.in_bfloat16):
+        with autocast(h.device, self.in_bfloat16):
             return self.head(h).float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -497,26 +487,10 @@ class ResNet18(nn.Module):
         return F.normalize(self.project(self.features(x)), dim=1)
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ 5  DATA                                                                                       paper, section 5.1 │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── 5  DATA ───────────────────────────────────────────────────────────────────────────────────── paper, section 5.1 ──
 
 
-class Stop(Exception):
-    """A run can't go on: one line that says why, and the exit status."""
-    status = 1  # the run failed
-
-
-class BadInput(Stop, ValueError):
-    status = 2  # wrong arguments or data, or a file of another config
-
-
-class Busy(Stop):
-    status = 3  # another process is at work on this run
-
-
-@dataclass
-class Data:
+class Data(NamedTuple):
     """A whole dataset: images uint8 (n, 3, size, size), labels int64 (n,) from 0."""
     name: str
     train_images: Tensor
@@ -524,15 +498,12 @@ class Data:
     test_images: Tensor
     test_labels: Tensor
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.train_images, self.train_labels, self.test_images, self.test_labels
-
     def to(self, device: torch.device | str) -> Data:
-        return Data(self.name, *(tensor.to(device) for tensor in self.tensors()))
+        return Data(self.name, *(tensor.to(device) for tensor in self[1:]))
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
-        for tensor in self.tensors():
+        for tensor in self[1:]:
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.cpu().contiguous().view(-1).numpy())
         return digest.hexdigest()
@@ -547,9 +518,8 @@ def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Dat
 
     Raises BadInput for data that is missing, broken or out of reach; Stop for a download that broke off.
     """
-    if dataset in DOWNLOADS and size != 32:
-        raise BadInput(f"{dataset} has images of 32x32: give --size 32")
     if dataset in DOWNLOADS:
+        require(size == 32, f"{dataset} has images of 32x32: give --size 32", BadInput)
         return load_download(dataset, Path(root).expanduser())
     return load_shapes(size) if dataset == "shapes" else load_folder(dataset, size)
 
@@ -568,39 +538,35 @@ def load_download(name: str, root: Path) -> Data:
 
     with contextlib.suppress(RuntimeError):  # already downloaded, perhaps into a folder that can only be read
         return read(download=False)
-    probe_writable(root)
+    make_folder(root)
     say(f"downloading {name} into {root}")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         with filelock.FileLock(root / ".download.lock"):  # several runs may start at once
             return read(download=True)
-    except urllib.error.URLError as error:
-        raise BadInput(f"cannot download {name} ({error.reason}): put its files into {root} (--data), or name a folder "
-                       "of images (--dataset), or images made by code (--dataset shapes)")
     except (OSError, http.client.HTTPException, RuntimeError) as error:
-        raise Stop(f"the download of {name} into {root} broke off ({error}): run the command again")
+        raise (BadInput if isinstance(error, urllib.error.URLError) else Stop)(
+            f"cannot download {name} ({error}): run the command again, or put its files into {root} (--data), or name "
+            "a folder of images (--dataset), or images made by code (--dataset shapes)")
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def load_folder(folder: str | Path, size: int = 32) -> Data:
     """A folder with train/<class>/* and test/<class>/*: images of any size, upright (EXIF), the shorter side resized to
-    `size` (antialiased), the middle square cut out. Classes are numbered as sorted by name, as `train` has them; hidden
-    files are left out. Raises BadInput."""
+    `size` (antialiased), the middle square cut out. Classes are numbered as sorted by name, as `train` has them. What
+    is hidden is left out, and so are links to folders inside a class. Raises BadInput."""
     square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
     folder, tensors, left_out = Path(folder).expanduser(), [], []
     train, test = files_by_class(folder / "train"), files_by_class(folder / "test")
-    if len(train) < 2:
-        raise BadInput(f"{folder / 'train'} has one class alone, {next(iter(train))}: at least two are needed")
-    if unknown := sorted(test.keys() - train.keys()):
-        raise BadInput(f"{folder / 'test' / unknown[0]}: {folder / 'train'} has no class of that name")
+    require(len(train) > 1, f"{folder / 'train'} has one class alone: at least two are needed", BadInput)
     for part, classes in (("train", train), ("test", test)):
         images, labels = [], []
         for name, files in classes.items():
             kept = [path for path in files if path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
-            if not kept:
-                raise BadInput(f"{folder / part / name} holds no image")
+            require(kept, f"{folder / part / name} holds no image", BadInput)
+            require(name in train, f"{folder / part / name}: {folder / 'train'} has no class of that name", BadInput)
             left_out += sorted(set(files) - set(kept))
             images += [square(read_image(path)) for path in kept]
             labels += [list(train).index(name)] * len(kept)
@@ -613,38 +579,172 @@ def load_folder(folder: str | Path, size: int = 32) -> Data:
 
 
 def files_by_class(folder: Path) -> dict[str, list[Path]]:
-    """What the folder of each class holds, hidden files left out. Raises BadInput where there is no class, or a link
-    leads to a folder that is read already: it may lead round for ever, or put an image into two classes."""
-    classes, seen = {}, set()
-    for path, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in seen:
-            raise BadInput(f"{path} links to a folder that is read already: remove it")
-        seen.add(os.path.realpath(path))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if Path(path) == folder:
-            classes = {name: [] for name in folders}
-        else:
-            name = Path(path).relative_to(folder).parts[0]
-            classes[name] += [Path(path, file) for file in sorted(files) if not file.startswith(".")]
-    if not classes:
-        raise BadInput(f"no folder of a class in {folder}: images belong into train/<class>/* and test/<class>/*")
+    """What the folder of each class holds, at any depth."""
+    classes = {}
+    for path in sorted(path for path in folder.glob("[!.]*") if path.is_dir()):
+        # Such a link would give images the wrong class.
+        require(not folder.resolve().is_relative_to(path.resolve()), f"{path} links to a folder above it", BadInput)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        classes[path.name] = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}"]
+    require(classes, f"no class in {folder}: a dataset is {', '.join(DOWNLOADS)}, shapes, or a folder with "
+            "train/<class>/* and test/<class>/*", BadInput)
     return classes
 
 
 def read_image(path: Path) -> Image.Image:
     try:
-        if not path.is_file():  # to open a pipe would wait for ever
-            raise ValueError("it is no file")
-        with open(path, "rb") as file:
-            image = Image.open(file)
-            if image.mode[0] in "IF":
-                raise ValueError("it has more than 8 bits a channel")
+        with Image.open(path) as image:
+            require(image.mode[0] not in "IF", "it has more than 8 bits a channel")
             return ImageOps.exif_transpose(image).convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many kinds on a broken file
         raise BadInput(f"cannot read the image {path} ({str(error) or type(error).__name__}): mend or remove it")
 
+
+def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
+    """A random order of the images. Every prefix is balanced over the classes, to within one image, until a class runs
+    out."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    one_hot = F.one_hot(labels[shuffled])  # (n, classes)
+    rank = one_hot.cumsum(0)[torch.arange(len(labels)), labels[shuffled]]  # 1 for the first of a class, 2, …
+    return shuffled[rank.argsort(stable=True)]
+
+
+# The augmentation has two parts: what is drawn (on the CPU, so that all devices draw alike), and what is done with it
+# (to a whole batch at once, where the images are).
+
+GREY = (0.2989, 0.587, 0.114)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@dataclass
+class Augmentation:
+    """What is done to each of B images; a[rows] is what is done to those rows."""
+    crop: Tensor  # (B, 4) int64: top, left, height, width, in pixels
+    flip: Tensor  # (B,) bool
+    order: Tensor  # (B, 4) int64: which colour operation comes first, second, …
+    factor: Tensor  # (B, 4) float32: of brightness, contrast, saturation (1 = as it is), hue (0 = as it is)
+    grey: Tensor  # (B,) bool
+
+    def __getitem__(self, rows) -> Augmentation:
+        return Augmentation(*(value[rows] for value in vars(self).values()))
+
+    def to(self, device: torch.device | str) -> Augmentation:
+        # Without waiting; but on MPS such a copy may read memory that was freed meanwhile (pytorch#139550).
+        at_once = torch.device(device).type == "cuda"
+        return Augmentation(*(value.to(device, non_blocking=at_once) for value in vars(self).values()))
+
+
+def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, flip: bool = True) -> Augmentation:
+    """Draw what to do to `count` images of size x size, by the paper's settings and torchvision's distribution.
+
+    RandomResizedCrop(size, scale=(0.2, 1)), ColorJitter(0.4, 0.4, 0.4, 0.4), horizontal flip, RandomGrayscale(0.2).
+    A crop that does not fit is drawn again, up to ten times in all, then the whole image is taken, as torchvision does.
+    """
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator, dtype=torch.float32)
+
+    area = size * size * (0.2 + 0.8 * rand(10))  # (count, 10): all ten tries at once
+    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * rand(10))
+    width, height = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    width = torch.where(found, width.gather(1, first)[:, 0], size)
+    height = torch.where(found, height.gather(1, first)[:, 0], size)
+    top, left = (rand() * (size - height + 1)).long(), (rand() * (size - width + 1)).long()
+    factor = torch.cat([0.6 + 0.8 * rand(3), -0.4 + 0.8 * rand(1)], dim=1)
+    # The order of the draws is part of the protocol: a flip is drawn also where it is not wanted.
+    return Augmentation(crop=torch.stack([top, left, height, width], dim=1), flip=(rand() < 0.5) & flip,
+                        order=rand(4).argsort(dim=1), factor=factor, grey=rand() < 0.2)
+
+
+def augment(images: Tensor, drawn: Augmentation) -> Tensor:
+    """Do to each image what was drawn for it, on one device.
+
+    images: uint8 (B, 3, s, s). Returns float32 (B, 3, s, s) in [0, 1]. Equal to torchvision's transforms on float
+    images; its PIL pipeline rounds to 256 levels after every step. Raises ValueError for images that are not uint8.
+    """
+    check_images(images)
+    if images.device.type == "cpu" and len(images) > 64:  # on a CPU, parts that stay in its cache are faster
+        parts = range(0, len(images), 64)
+        return torch.cat([augment(images[i:i + 64], drawn[i:i + 64]) for i in parts])
+    size = images.shape[-1]
+    top, left, height, width = drawn.crop.float().unbind(dim=1)
+    rows, columns = resize_weights(top, height, size), resize_weights(left, width, size)
+    columns = torch.where(drawn.flip[:, None, None], columns.flip(1), columns)
+    with autocast(images.device):
+        x = rows[:, None] @ (images.float() / 255)  # (B, 3, size, size)
+        # One product an image: its channels share `columns`.
+        x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, (3, size))
+    # The hue step is expensive and runs once. Blends that the drawn order has before it come first, the others after.
+    hue_place = (drawn.order == HUE).int().argmax(dim=1)
+    for place in range(3):
+        x = blend(x, drawn, place, place < hue_place)
+    x = shift_hue(x, drawn.factor[:, HUE])
+    for place in range(1, 4):
+        x = blend(x, drawn, place, place > hue_place)
+    return torch.where(drawn.grey[:, None, None, None], grey_of(x), x)
+
+
+def check_images(images: Tensor) -> None:
+    require(torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3,
+            "images must be uint8 (B, 3, s, s), 0 to 255")
+
+
+def resize_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """(B, size, size): row i holds the weights of the pixels that make pixel i of the enlarged crop (bilinear)."""
+    pixel = torch.arange(size, device=start.device, dtype=torch.float32)
+    at = (pixel + 0.5) * (length / size)[:, None] - 0.5  # in the crop; its own pixel centres are 0 … length - 1
+    at = start[:, None] + torch.minimum(at.clamp(min=0), length[:, None] - 1)
+    return (1 - (at[:, :, None] - pixel).abs()).clamp(min=0)
+
+
+def grey_of(x: Tensor) -> Tensor:
+    r, g, b = x.unbind(dim=1)
+    return (GREY[0] * r + GREY[1] * g + GREY[2] * b)[:, None]  # (B, 1, s, s)
+
+
+def blend(x: Tensor, drawn: Augmentation, place: int, active: Tensor) -> Tensor:
+    """Blend towards black (brightness), the mean grey (contrast) or each pixel's grey (saturation), where active."""
+    operation = drawn.order[:, place]
+    factor = drawn.factor.gather(1, operation[:, None])[:, 0]
+    operation, factor = operation[:, None, None, None], torch.where(active, factor, 1.0)[:, None, None, None]
+    grey = grey_of(x)
+    towards = torch.where(operation == SATURATION, grey, grey.mean(dim=(2, 3), keepdim=True))
+    towards = torch.where(operation == BRIGHTNESS, 0.0, towards)
+    return (factor * x).add_((1 - factor) * towards).clamp_(0, 1)  # in place: new memory costs more than the sums
+
+
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` (B,), a share of the whole circle, keeping value and chroma (HSV)."""
+    r, g, b = x.unbind(dim=1)
+    value = x.amax(dim=1)
+    chroma = value - x.amin(dim=1)
+    c = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(value == g, (b - r).div_(c).add_(2), (r - g).div_(c).add_(4))
+    hue = torch.where(value == r, (g - b).div_(c), hue)
+    hue += 6 * shift[:, None, None]  # in sixths of the circle
+    # HSV to RGB: channel n is V - C · max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6, and n = 5, 3, 1 for red,
+    # green, blue: each falls from V to V - C and rises again, a third of the circle after the one before.
+    corner = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=torch.float32)[:, None, None]
+    k = corner + hue[:, None]  # (B, 3, s, s)
+    k -= (k / 6).floor_().mul_(6)  # k modulo 6, at a third of what % costs
+    share = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return share.mul_(chroma[:, None]).neg_().add_(value[:, None])
+
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, by the authors' code for every dataset
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Views as the network wants them: the authors' mean and standard deviation, channels last."""
+    mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (MEAN, STD))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# The images of `quick`, for who has no dataset. Skip them on a first reading.
 
 SHAPES = {  # about how far the point (u, v), r from the centre, lies inside the shape's edge; below 0 outside
     "disk": lambda u, v, r: 0.85 - r,
@@ -707,181 +807,27 @@ def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
     return Data("shapes", images[:train], labels[:train], images[train:], labels[train:])
 
 
-def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
-    """A random order of the images. Every prefix is balanced over the classes, to within one image, until a class runs
-    out."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    one_hot = F.one_hot(labels[shuffled])  # (n, classes)
-    rank = one_hot.cumsum(0)[torch.arange(len(labels)), labels[shuffled]]  # 1 for the first of a class, 2, …
-    return shuffled[rank.argsort(stable=True)]
-
-
-# The augmentation has two parts: what is drawn (on the CPU, so that all devices draw alike), and what is done with it
-# (to a whole batch at once, where the images are).
-
-GREY = (0.2989, 0.587, 0.114)
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-
-
-@dataclass
-class Augmentation:
-    """What is done to each of B images; a[rows] is what is done to those rows."""
-    crop: Tensor  # (B, 4) int64: top, left, height, width, in pixels
-    flip: Tensor  # (B,) bool
-    order: Tensor  # (B, 4) int64: which colour operation comes first, second, …
-    factor: Tensor  # (B, 4) float32: of brightness, contrast, saturation (1 = as it is), hue (0 = as it is)
-    grey: Tensor  # (B,) bool
-
-    def __getitem__(self, rows) -> Augmentation:
-        return Augmentation(*(value[rows] for value in vars(self).values()))
-
-    def to(self, device: torch.device | str) -> Augmentation:
-        return Augmentation(*(to_device(value, device) for value in vars(self).values()))
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """On a CUDA GPU without waiting; on MPS such a copy may read memory that was freed meanwhile (pytorch#139550)."""
-    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
-
-
-def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, flip: bool = True) -> Augmentation:
-    """Draw what to do to `count` images of size x size, by the paper's settings and torchvision's distribution.
-
-    RandomResizedCrop(size, scale=(0.2, 1)), ColorJitter(0.4, 0.4, 0.4, 0.4), horizontal flip, RandomGrayscale(0.2).
-    A crop that does not fit is drawn again, up to ten times in all, then the whole image is taken, as torchvision does.
-    """
-    def rand(*shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator, dtype=torch.float32)
-
-    area = size * size * (0.2 + 0.8 * rand(10))  # (count, 10): all ten tries at once
-    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * rand(10))
-    width, height = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-    fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    found = fits.any(dim=1)
-    width = torch.where(found, width.gather(1, first)[:, 0], size)
-    height = torch.where(found, height.gather(1, first)[:, 0], size)
-    top, left = (rand() * (size - height + 1)).long(), (rand() * (size - width + 1)).long()
-    factor = torch.cat([0.6 + 0.8 * rand(3), -0.4 + 0.8 * rand(1)], dim=1)
-    # The order of the draws is part of the protocol: a flip is drawn also where it is not wanted.
-    return Augmentation(crop=torch.stack([top, left, height, width], dim=1), flip=(rand() < 0.5) & flip,
-                        order=rand(4).argsort(dim=1), factor=factor, grey=rand() < 0.2)
-
-
-def augment(images: Tensor, drawn: Augmentation) -> Tensor:
-    """Do to each image what was drawn for it, on one device.
-
-    images: uint8 (B, 3, s, s). Returns float32 (B, 3, s, s) in [0, 1]. Equal to torchvision's transforms on float
-    images; its PIL pipeline rounds to 256 levels after every step. Raises ValueError for images that are not uint8.
-    """
-    check_images(images)
-    if images.device.type == "cpu" and len(images) > 64:  # on a CPU, parts that stay in its cache are faster
-        parts = range(0, len(images), 64)
-        return torch.cat([augment(images[i:i + 64], drawn[i:i + 64]) for i in parts])
-    size = images.shape[-1]
-    top, left, height, width = drawn.crop.float().unbind(dim=1)
-    rows, columns = resize_weights(top, height, size), resize_weights(left, width, size)
-    columns = torch.where(drawn.flip[:, None, None], columns.flip(1), columns)
-    with precision(images.device):
-        x = rows[:, None] @ (images.float() / 255)  # (B, 3, size, size)
-        # One product an image: its channels share `columns`.
-        x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, (3, size))
-    # The hue step is expensive and runs once. Blends that the drawn order has before it come first, the others after.
-    hue_place = (drawn.order == HUE).int().argmax(dim=1)
-    for place in range(3):
-        x = blend(x, drawn, place, place < hue_place)
-    x = shift_hue(x, drawn.factor[:, HUE])
-    for place in range(1, 4):
-        x = blend(x, drawn, place, place > hue_place)
-    return torch.where(drawn.grey[:, None, None, None], grey_of(x), x)
-
-
-def check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be uint8 (B, 3, s, s), 0 to 255, not {describe(images)}")
-
-
-def resize_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """(B, size, size): row i holds the weights of the pixels that make pixel i of the enlarged crop (bilinear)."""
-    pixel = torch.arange(size, device=start.device, dtype=torch.float32)
-    at = (pixel + 0.5) * (length / size)[:, None] - 0.5  # in the crop; its own pixel centres are 0 … length - 1
-    at = start[:, None] + torch.minimum(at.clamp(min=0), length[:, None] - 1)
-    return (1 - (at[:, :, None] - pixel).abs()).clamp(min=0)
-
-
-def grey_of(x: Tensor) -> Tensor:
-    r, g, b = x.unbind(dim=1)
-    return (GREY[0] * r + GREY[1] * g + GREY[2] * b)[:, None]  # (B, 1, s, s)
-
-
-def blend(x: Tensor, drawn: Augmentation, place: int, active: Tensor) -> Tensor:
-    """Blend towards black (brightness), the mean grey (contrast) or each pixel's grey (saturation), where active."""
-    operation = drawn.order[:, place]
-    factor = drawn.factor.gather(1, operation[:, None])[:, 0]
-    operation, factor = operation[:, None, None, None], torch.where(active, factor, 1.0)[:, None, None, None]
-    grey = grey_of(x)
-    towards = torch.where(operation == SATURATION, grey, grey.mean(dim=(2, 3), keepdim=True))
-    towards = torch.where(operation == BRIGHTNESS, 0.0, towards)
-    return (factor * x).add_((1 - factor) * towards).clamp_(0, 1)  # in place: new memory costs more than the sums
-
-
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` (B,), a share of the whole circle, keeping value and chroma (HSV)."""
-    r, g, b = x.unbind(dim=1)
-    value = x.amax(dim=1)
-    chroma = value - x.amin(dim=1)
-    c = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == g, (b - r).div_(c).add_(2), (r - g).div_(c).add_(4))
-    hue = torch.where(value == r, (g - b).div_(c), hue)
-    hue += 6 * shift[:, None, None]  # in sixths of the circle
-    # HSV to RGB: channel n is V - C · max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6, and n = 5, 3, 1 for red,
-    # green, blue: each falls from V to V - C and rises again, a third of the circle after the one before.
-    corner = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=torch.float32)[:, None, None]
-    k = corner + hue[:, None]  # (B, 3, s, s)
-    k -= (k / 6).floor_().mul_(6)  # k modulo 6, at a third of what % costs
-    share = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return share.mul_(chroma[:, None]).neg_().add_(value[:, None])
-
-
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, by the authors' code for every dataset
-
-
-def normalise(x: Tensor) -> Tensor:
-    """Views as the network wants them: the authors' mean and standard deviation, channels last."""
-    mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (MEAN, STD))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ 6  TRAINING                                                                                   paper, section 5.1 │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── 6  TRAINING ───────────────────────────────────────────────────────────────────────────────── paper, section 5.1 ──
 
 PROTOCOL_VERSION = 1  # goes up when the same settings would give other results
 
 
-class Loss(NamedTuple):
-    """A row of LOSSES. A loss with another parameter also needs a Config field, and `training_loss` to pass it."""
-    of: Callable  # (similarity, positive, tau, k) -> (B,)
-    tau: bool  # whether it has a temperature
-    k: bool  # whether it keeps the k nearest negatives
-
-
-LOSSES = {
-    "contrastive": Loss(lambda s, positive, tau, k: contrastive_loss(s, positive, tau), tau=True, k=False),
-    "hard": Loss(lambda s, positive, tau, k: contrastive_loss(s, positive, tau, k), tau=True, k=True),
-    "simple": Loss(lambda s, positive, tau, k: simple_loss(s, positive), tau=False, k=False),
-    "hard-simple": Loss(lambda s, positive, tau, k: simple_loss(s, positive, k), tau=False, k=True),
-    "triplet": Loss(lambda s, positive, tau, k: triplet_loss(s, positive), tau=False, k=False),
+LOSSES = {  # each loss, and the settings that it takes; a new one needs a row here, a new setting a field of Config
+    "contrastive": (contrastive_loss, ("tau",)),
+    "hard": (contrastive_loss, ("tau", "k")),
+    "simple": (simple_loss, ()),
+    "hard-simple": (simple_loss, ("k",)),
+    "triplet": (triplet_loss, ()),
 }
 
 
-def setting(default, help: str, source: str = "", low=None, high=None, choices=None, type=None, study: bool = True):
-    """A field of Config. low, high: its range, both ends included. study: it is part of what is studied, and so of the
-    record. What is not study says where or how fast a run goes."""
-    type = type or default.__class__
-    high = {int: 2 ** 31 - 1, float: 1e30}.get(type) if high is None else high
+def setting(default, words: str, source: str = "", low=None, high=None, choices=None, kind=None, study: bool = True):
+    """A field of Config. low, high: its range, both ends included. kind: its type. study: the result depends on it, and
+    the record holds it."""
+    kind = kind or type(default)
+    high = {int: 2 ** 31 - 1, float: 1e30}.get(kind) if high is None else high
     return dataclasses.field(default=default, metadata=dict(
-        help=help, source=source, low=low, high=high, choices=choices, type=type, study=study))
+        words=words, source=source, low=low, high=high, choices=choices, kind=kind, study=study))
 
 
 @dataclass
@@ -889,7 +835,7 @@ class Config:
     """The settings of one run; the defaults are the paper's protocol (`make_config` fills in a preset). Raises BadInput
     for a setting that is wrong, and for one that its loss would ignore."""
     loss: str = setting("contrastive", "which loss", "paper, Eqs. 1, 3, 6, 9", choices=tuple(LOSSES))
-    tau: float | None = setting(None, "temperature (contrastive, hard); None: 0.3", "paper, 5", 1e-30, type=float)
+    tau: float | None = setting(None, "temperature (contrastive, hard); None: 0.3", "paper, 5", 1e-30, kind=float)
     dataset: str = setting("cifar10", "cifar10, cifar100, svhn, shapes (made by code), or a folder with\n"
                            "train/<class>/* and test/<class>/*", "paper, 5.1")
     preset: str = setting("paper", "fills what is left open; not given: paper on a CUDA GPU, else mini", "our choice",
@@ -905,16 +851,17 @@ class Config:
     weight_decay: float = setting(5e-4, "of SGD, on all parameters", "paper, 5.1", 0)
     schedule: str = setting("step", "of the learning rate: times gamma at the milestones, or cosine to 0", "paper, 5.1",
                             choices=("step", "cosine"))
-    milestones: tuple = setting((160, 190), "epochs at which it falls (step schedule)", "paper, 5.1", 1, type=int)
+    milestones: tuple = setting((160, 190), "epochs at which it falls (step schedule), whatever --epochs is",
+                                "paper, 5.1", 1, kind=int)
     gamma: float = setting(0.1, "factor at each milestone (step schedule)", "paper, 5.1", 0)
     warmup: float = setting(0.0, "epochs over which the learning rate rises from 0", "our choice", 0)
     bank_momentum: float = setting(0.5, "share of a bank row that an update keeps", "authors' code", 0, 1)
     bank_init: str = setting("random", "start of the bank; embeddings: of one view of each image (see centre_head)",
                              "random: authors' code; embeddings: our choice", choices=("random", "embeddings"))
-    k: int | None = setting(None, "nearest negatives of the hard losses; 4095 if not given", "paper, 5.2", 1, type=int)
-    subset: int | None = setting(None, "train on that many images, of each class as many (a preset's number: at most)",
-                                 "our choice", 10, type=int)
-    test_subset: int | None = setting(None, "test on that many images, likewise", "our choice", 1, type=int)
+    k: int | None = setting(None, "nearest negatives of the hard losses; None: 4095", "paper, 5.2", 1, kind=int)
+    subset: int | None = setting(None, "train on at most that many images, of each class as many",
+                                 "our choice", 10, kind=int)
+    test_subset: int | None = setting(None, "test on at most that many images, likewise", "our choice", 10, kind=int)
     flip: bool = setting(True, "horizontal flips in pretraining (evaluation has them always)", "paper, not its code")
     match_step: bool = setting(False, "multiply the loss by tau, so that the step does not grow as 1/tau", "our choice")
     precision: str = setting("auto", "of the network (similarities and loss: float32). auto: bfloat16 on a GPU that\n"
@@ -924,7 +871,7 @@ class Config:
                               "paper, 5.1; mini: on training images that it does not use", 1e-30)
     eval_every: int = setting(10, "epochs between two looks at kNN, uniformity, tolerance; 0: none", "our choice", 0)
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, …", study=False)
-    threads: int | None = setting(None, "of the CPU; None: as PyTorch chooses", "", 1, 1024, type=int, study=False)
+    threads: int | None = setting(None, "of the CPU; None: as PyTorch chooses", "", 1, 1024, kind=int, study=False)
     data: str = setting("data", "folder where downloads are or go", study=False)
     results: str = setting("results", "folder for the record", study=False)
     runs: str = setting("runs", "folder for the checkpoint", study=False)
@@ -933,23 +880,19 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None or field.default is not None:
-                values = value if isinstance(field.default, tuple) and isinstance(value, (tuple, list)) else [value]
-                checked = [check_setting(field.name, one, **field.metadata) for one in values]
-                setattr(self, field.name, tuple(checked) if isinstance(field.default, tuple) else checked[0])
-        loss = LOSSES[self.loss]
-        for wrong, what in (
-                (list(self.milestones) != sorted(set(self.milestones)), "milestones must rise from one to the next"),
-                (self.size % 8, f"size must be a multiple of 8, not {self.size}"),
-                # What the loss would ignore is refused.
-                (self.tau is not None and not loss.tau, f"the {self.loss} loss has no temperature: leave out tau"),
-                (self.match_step and not loss.tau, f"the {self.loss} loss has no temperature: leave out match_step"),
-                (self.k is not None and not loss.k, f"the {self.loss} loss takes all negatives: leave out k")):
-            if wrong:
-                raise BadInput(what)
-        self.tau = 0.3 if loss.tau and self.tau is None else self.tau
-        self.k = 4095 if loss.k and self.k is None else self.k
-        for name in ("dataset", "data", "results", "runs"):
+            if isinstance(field.default, tuple):
+                setattr(self, field.name, tuple(check_setting(field.name, one, **field.metadata) for one in value))
+            elif value is not None or field.default is not None:
+                setattr(self, field.name, check_setting(field.name, value, **field.metadata))
+        require(list(self.milestones) == sorted(set(self.milestones)), "milestones must rise", BadInput)
+        require(self.size % 8 == 0, f"size must be a multiple of 8, not {self.size}", BadInput)
+        for name, usual in (("tau", 0.3), ("k", 4095)):
+            value, takes = getattr(self, name), name in LOSSES[self.loss][1]
+            # What the loss would ignore is refused.
+            require(takes or value is None, f"the {self.loss} loss has no {name}: leave it out", BadInput)
+            setattr(self, name, usual if takes and value is None else value)
+        require(self.tau or not self.match_step, f"the {self.loss} loss has no tau: leave out match_step", BadInput)
+        for name in ("results", "runs"):
             setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def study(self) -> dict:
@@ -957,15 +900,12 @@ class Config:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["study"]}
 
 
-def check_setting(name: str, value, type, low, high, choices, **_):
-    """The value, whole numbers turned to float where that is the type. Raises BadInput where it is wrong."""
-    value = float(value) if type is float and value.__class__ is int else value
-    if value.__class__ is not type or value == "":
-        raise BadInput(f"{name} must be of type {type.__name__}, and not empty, not {value!r}")
-    if choices and value not in choices:
-        raise BadInput(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-    if low is not None and not low <= value <= high:
-        raise BadInput(f"{name} must lie in {low} … {high}, not {value!r}")
+def check_setting(name: str, value, kind, low, high, choices, **_):
+    """The value, whole numbers turned to float where that is its kind. Raises BadInput where it is wrong."""
+    value = float(value) if kind is float and type(value) is int else value
+    require(type(value) is kind and value != "", f"{name} must be a {kind.__name__}, not {value!r}", BadInput)
+    require(not choices or value in choices, f"{name} must be one of {choices}, not {value!r}", BadInput)
+    require(low is None or low <= value <= high, f"{name} must lie in {low} … {high}, not {value!r}", BadInput)
     return value
 
 
@@ -985,10 +925,9 @@ PRESETS = {
 
 def make_config(preset: str = "paper", **given) -> Config:
     """The preset's settings, but for those given; its k is dropped for a loss without k. Raises BadInput."""
-    if preset not in PRESETS:
-        raise BadInput(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
+    require(preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not {preset!r}", BadInput)
     filled = {**PRESETS[preset], **given}
-    if "k" not in given and not LOSSES.get(filled.get("loss"), LOSSES["contrastive"]).k:
+    if "k" not in given and "k" not in LOSSES.get(filled.get("loss"), LOSSES["contrastive"])[1]:
         filled.pop("k", None)
     if filled.get("schedule") == "cosine" and given.keys() & {"milestones", "gamma"}:
         raise BadInput("the cosine schedule has no milestones and no gamma: leave them out, or give schedule step")
@@ -1027,9 +966,6 @@ class Run:
         return all(value.isfinite().all() for value in values)
 
 
-CHECKPOINT_SECONDS = 60.0  # between two checkpoints: so much work may be lost when the process ends
-
-
 def train(config: Config) -> dict:
     """Train, evaluate, write the record and return it (paper, section 5.1). A finished record of the same config is
     returned as it is; an unfinished run goes on from its checkpoint. Sets PyTorch's threads and CUDA device for the
@@ -1041,8 +977,8 @@ def train(config: Config) -> dict:
     cell = cell_path(config, data.name)
     record_path, checkpoint = Path(config.results, f"{cell}.json"), Path(config.runs, f"{cell}.pt")
     identity = {"protocol_version": PROTOCOL_VERSION, "config": plain(config.study()), "data": data.sha256()}
-    for path in (record_path, checkpoint):
-        probe_writable(path.parent)
+    make_folder(record_path.parent)
+    make_folder(checkpoint.parent)
     with lock(checkpoint.with_suffix(".lock")):
         if config.force:
             checkpoint.unlink(missing_ok=True)
@@ -1052,8 +988,8 @@ def train(config: Config) -> dict:
             refuse_other(record_path, record, identity)
             say(f"{record_path} is there already (--force runs it again)")
         else:
-            data = data.to(device)
             try:
+                data = data.to(device)
                 run = start(config, data, device, checkpoint, identity)
                 fit(run, config, data, checkpoint, identity)
                 began = time.perf_counter()
@@ -1085,7 +1021,7 @@ def start(config: Config, data: Data, device: torch.device, checkpoint: Path, id
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         bank = MemoryBank(N, config.dim, config.bank_momentum, saved["bank"], device=device)
-        bank.rows = saved["bank"].to(device)  # to the bit: not even normalised again
+        bank.rows = saved["bank"].to(device)  # to the bit: normalising again could move the last digit
         say(f"going on from {checkpoint}: {saved['step']} steps done")
         kept = ("untrained", "step", "history", "seconds", "evaluation")
         return Run(model, optimiser, bank, saved["losses"].to(device), **{key: saved[key] for key in kept})
@@ -1099,6 +1035,9 @@ def start(config: Config, data: Data, device: torch.device, checkpoint: Path, id
     return Run(model, optimiser, bank, losses, untrained, seconds=seconds, evaluation=seconds)
 
 
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints: so much work may be lost when the process ends
+
+
 def fit(run: Run, config: Config, data: Data, checkpoint: Path, identity: dict) -> None:
     """The training loop: one flat pass over the steps that are not done yet."""
     N, steps = len(data.train_images), len(run.losses)  # steps of an epoch
@@ -1108,7 +1047,8 @@ def fit(run: Run, config: Config, data: Data, checkpoint: Path, identity: dict) 
         for step in range(first, last):
             epoch, batch = divmod(step, steps)
             if step == first or batch == 0:
-                order = torch.randperm(N, generator=generator(config.seed, "order", epoch)).split(config.batch_size)
+                order = torch.randperm(N, generator=generator(config.seed, "order", epoch))
+                order = order.to(data.train_images.device).split(config.batch_size)
             for group in run.optimiser.param_groups:
                 group["lr"] = learning_rate(config, epoch + batch / steps)
             draws = generator(config.seed, "views", epoch, batch)
@@ -1118,10 +1058,10 @@ def fit(run: Run, config: Config, data: Data, checkpoint: Path, identity: dict) 
             run.step += 1
             bar.update()
             if batch == steps - 1:
-                end_epoch(run, config, data)
+                line = end_epoch(run, config, data)
                 pace = (time.perf_counter() - began) / (run.step - first)  # seconds a step, since the process began
-                say(f"{entry_line(run.history[-1], config)}  {N / steps / pace:5.0f} images/s  "
-                    f"{duration((last - run.step) * pace + run.evaluation)} left")
+                left = duration((last - run.step) * pace + run.evaluation)
+                say(f"epoch {epoch + 1:4}/{config.epochs}{line}  {N / steps / pace:5.0f} images/s  {left} left")
             run.seconds = spent + time.perf_counter() - began
             if run.step == last or time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, run, identity)
@@ -1131,7 +1071,7 @@ def fit(run: Run, config: Config, data: Data, checkpoint: Path, identity: dict) 
 def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor, index: Tensor,
                drawn: Augmentation, config: Config) -> Tensor:
     """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the mean loss, ()."""
-    index = to_device(index, images.device)  # (B,), and the column of each anchor's own image
+    # index: (B,), the images of the batch, and so each anchor's own column
     views = normalise(augment(images[index], drawn.to(images.device)))  # (B, 3, size, size)
     z = model(views)  # (B, dim)
     loss = training_loss(config, bank.similarity(z), index).mean()
@@ -1145,25 +1085,23 @@ def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimi
 
 def training_loss(config: Config, similarity: Tensor, positive: Tensor) -> Tensor:
     """The loss that the config names, (B,)."""
-    loss = LOSSES[config.loss].of(similarity, positive, config.tau, config.k)
+    function, takes = LOSSES[config.loss]
+    loss = function(similarity, positive, **{name: getattr(config, name) for name in takes})
     return config.tau * loss if config.match_step else loss
 
 
-def end_epoch(run: Run, config: Config, data: Data) -> None:
-    """Turn the epoch's losses into an entry of the history. Raises NotFinite."""
+def end_epoch(run: Run, config: Config, data: Data) -> str:
+    """Turn the epoch's losses into an entry of the history, and a line for the log. Raises NotFinite."""
     epoch = len(run.history) + 1
-    if not run.finite():
-        raise NotFinite(f"the loss, the weights or the bank in epoch {epoch}")
+    require(run.finite(), f"the loss, the weights or the bank in epoch {epoch}", NotFinite)
     mean = run.losses.cpu().double().mean().item()
     entry = {"epoch": epoch, "loss": mean, "lr": learning_rate(config, epoch - 1)}  # the rate at the epoch's start
     if config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
-        entry |= look(run.model, data)
+        _, train_z = embed(run.model, data.train_images)
+        _, test_z = embed(run.model, data.test_images)
+        entry |= compare(train_z, data.train_labels, test_z, data.test_labels)  # nothing is chosen by it
     run.history.append(entry)
-
-
-def entry_line(entry: dict, config: Config) -> str:
-    metrics = "".join(f"  {key} {entry[key]:.3f}" for key in ("knn", "uniformity", "tolerance") if key in entry)
-    return f"epoch {entry['epoch']:4}/{config.epochs}  loss {entry['loss']:8.4f}  lr {entry['lr']:.5f}{metrics}"
+    return "".join(f"  {key} {value:.5g}" for key, value in entry.items() if key != "epoch")
 
 
 def in_bfloat16(config: Config, device: torch.device) -> bool:
@@ -1174,7 +1112,7 @@ def in_bfloat16(config: Config, device: torch.device) -> bool:
 def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.optim.SGD]:
     """The network as its seed draws it, the same on every device, and its optimiser."""
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that all devices start alike
-        torch.manual_seed(generator(config.seed, "network").initial_seed())
+        torch.default_generator.manual_seed(generator(config.seed, "network").initial_seed())
         model = ResNet18(config.width, config.dim, in_bfloat16(config, device))
     model = model.to(device, memory_format=torch.channels_last)
     return model, torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum,
@@ -1206,24 +1144,18 @@ def embed(model: ResNet18, images: Tensor, view: Callable = lambda x: x.float() 
     images: uint8 (n, 3, s, s); view: from uint8 to float32 in [0, 1]. Raises ValueError for other images.
     """
     check_images(images)
-    training, h = model.training, []
+    training = model.training
     model.eval()
-    for batch in images.split(256):
-        h.append(model.features(normalise(view(batch))))
-    z = torch.cat([F.normalize(model.project(part), dim=1) for part in h])
+    parts = [model.features(normalise(view(batch))) for batch in images.split(256)]
+    z = torch.cat([F.normalize(model.project(part), dim=1) for part in parts])
     model.train(training)
-    h = torch.cat(h)
+    h = torch.cat(parts)
     return (h.cpu(), z.cpu()) if images.device.type == "mps" else (h, z)  # MPS lacks the metrics' float64
 
 
-def look(model: ResNet18, data: Data) -> dict:
-    """The metrics of plain images that need no probe: logged on the way; nothing is chosen by them."""
-    train_z, test_z = embed(model, data.train_images)[1], embed(model, data.test_images)[1]
-    return compare(train_z, data.train_labels.to(train_z.device), test_z, data.test_labels.to(test_z.device))
-
-
 def compare(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor) -> dict:
-    """kNN from training to test images; uniformity and tolerance of test images."""
+    """The metrics that need no probe: kNN from training to test images; uniformity and tolerance of test images."""
+    train_y, test_y = train_y.to(train_z.device), test_y.to(test_z.device)
     return {"knn": knn_accuracy(train_z, train_y, test_z, test_y), "uniformity": uniformity(test_z),
             "tolerance": tolerance(test_z, test_y)}
 
@@ -1232,7 +1164,7 @@ def evaluate(model: ResNet18, data: Data, config: Config) -> dict:
     """All metrics: uniformity and tolerance on plain test images, alignment on two augmented views of each, the profile
     of each plain image against one augmented view of all. `accuracy` is the linear probe's on the test set after its
     last epoch, trained on plain and mirrored training images; `accuracy_heldout` that of a probe that sees four fifths
-    of the training labels, on the last fifth, plain: the number to choose a tau by."""
+    of the training labels, on the other fifth, plain: the number to choose a tau by."""
     train_h, train_z = embed(model, data.train_images)
     mirror_h, _ = embed(model, data.train_images.flip(-1))
     test_h, test_z = embed(model, data.test_images)
@@ -1256,16 +1188,10 @@ def evaluate(model: ResNet18, data: Data, config: Config) -> dict:
 
 
 def take_subset(data: Data, config: Config) -> Data:
-    """The images that the config asks for: class-balanced, the same for every seed."""
-    for field, labels in (("subset", data.train_labels), ("test_subset", data.test_labels)):
-        wanted = getattr(config, field) or 0
-        if len(labels) < 10:
-            raise BadInput(f"{data.name} has {len(labels)} images for training or testing: at least 10 are needed")
-        # The preset's own number means: at most.
-        if wanted > len(labels) and wanted != PRESETS[config.preset].get(field):
-            raise BadInput(f"{field} {wanted} is more than the {len(labels)} images that {data.name} has")
+    """The images in class-balanced order, the same for every seed; the first of them where the config wants fewer."""
     train = balanced_order(data.train_labels)[:config.subset]
     test = balanced_order(data.test_labels)[:config.test_subset]
+    require(min(len(train), len(test)) >= 10, f"{data.name} has too few images: at least 10 are needed", BadInput)
     return Data(data.name, data.train_images[train], data.train_labels[train],
                 data.test_images[test], data.test_labels[test])
 
@@ -1279,21 +1205,17 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).cpu()
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise BadInput(f"device {name!r} can't be used: {str(error).splitlines()[0]}")
-    return device
-
-
-# Files are written whole or not at all, so that an interrupted run resumes.
 
 
 def save_checkpoint(path: Path, run: Run, identity: dict) -> None:
     """Write all of the run, for `load_checkpoint`. What is not finite is not saved: a good checkpoint stays."""
     if run.finite():
-        state = {**identity, **vars(run), "model": run.model.state_dict(), "optimiser": run.optimiser.state_dict(),
-                 "bank": run.bank.rows}
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save({**identity, **vars(run), "model": run.model.state_dict(), "optimiser": run.optimiser.state_dict(),
+                    "bank": run.bank.rows}, buffer)
         write_whole(path, buffer.getvalue())
 
 
@@ -1301,17 +1223,15 @@ def load_checkpoint(path: str | Path) -> dict | None:
     """What a run saved, on the CPU; None, and a line that says so, where the file is damaged."""
     try:
         with zipfile.ZipFile(path) as file:  # torch.save writes a zip; torch.load does not look at its checksums
-            if file.testzip():
-                raise zipfile.BadZipFile
+            require(not file.testzip(), "a checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"config", *(field.name for field in dataclasses.fields(Run))} <= state.keys():
-            raise zipfile.BadZipFile
+        needed = {"config", "data", "protocol_version", *(field.name for field in dataclasses.fields(Run))}
+        require(needed <= state.keys(), "not a checkpoint")
         return state
     except (MemoryError, FileNotFoundError, PermissionError):
         raise
     except Exception:  # zipfile and torch.load raise many kinds on a damaged file
         say(f"the checkpoint {path} is damaged: it is not used")
-        return None
 
 
 def refuse_other(path: Path, found: dict, wanted: dict) -> None:
@@ -1319,12 +1239,12 @@ def refuse_other(path: Path, found: dict, wanted: dict) -> None:
     may be of `shapes` that another kind of CPU rounded differently."""
     there, here = ({**run["config"], "version": run["protocol_version"], "data": run["data"]}
                    for run in (found, wanted))
-    if isinstance(found["data"], dict):
+    if isinstance(found["data"], dict):  # a record; a checkpoint holds the hash alone
         there["data"] = here["data"] if here["dataset"] == "shapes" else found["data"]["sha256"]
     for key in sorted(there.keys() | here.keys()):
-        if plain(there.get(key)) != here.get(key):
-            raise BadInput(f"{path} is of another run: {key} is {there.get(key)} there, {here.get(key)} here; "
-                           "move it away, or give another --results and --runs")
+        require(plain(there.get(key)) == here.get(key),
+                f"{path} is of another run: {key} is {there.get(key)} there, {here.get(key)} here; move it away, or "
+                "give another --results and --runs", BadInput)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -1341,8 +1261,8 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def probe_writable(folder: Path) -> None:
-    """Make the folder, and raise BadInput where nothing can be written into it: now, not after hours of training."""
+def make_folder(folder: Path) -> None:
+    """Raise BadInput where nothing can be written into it: now, not after hours of training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1358,9 +1278,7 @@ def lock(path: Path) -> filelock.AcquireReturnProxy:
         raise Busy(f"another process is at work on this run (it holds {path})")
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ 7  RECORD AND COMMAND                                                                  paper, section 5, Table 1 │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── 7  RECORD AND COMMAND ──────────────────────────────────────────────────────────────── paper, section 5, Table 1 ──
 
 # The paper's Table 1, without ImageNet-100 (ResNet-50): linear accuracy in %, uniformity and tolerance of each cell.
 CELLS = (("contrastive", 0.07), ("contrastive", 0.3), ("contrastive", 0.7), ("contrastive", 1.0), ("simple", None),
@@ -1400,14 +1318,13 @@ def cell_prefix(loss: str, tau: float | None) -> str:
 def cell_path(config: Config, dataset: str) -> Path:
     """<preset>/<dataset>/<loss>[_tau<tau>][_<field>-<value>…]_seed<k>: each setting that departs from the preset is in
     the name, so that no run can stand where another belongs. Raises BadInput where that is too long for a file."""
-    same = {"loss": config.loss, "seed": config.seed, "dataset": config.dataset}
-    usual = make_config(config.preset, **same, **({"tau": config.tau} if config.tau else {})).study()
+    same = {field: getattr(config, field) for field in ("loss", "tau", "seed", "dataset")}
+    usual = make_config(config.preset, **same).study()
     name = cell_prefix(config.loss, config.tau)
     for field, value in config.study().items():
         if value != usual[field]:
             name += f"_{field}-{'-'.join(map(str, value)) if isinstance(value, tuple) else value}"
-    if len(name) > 180:
-        raise BadInput(f"too many settings depart from the preset for a file name: {name}")
+    require(len(name) < 181, f"too many settings depart from the preset for a file name: {name}", BadInput)
     return Path(config.preset) / dataset / f"{name}_seed{config.seed}"
 
 
@@ -1431,8 +1348,7 @@ def read_record(path: Path) -> dict:
     """A record that is whole. Raises BadInput for one that is broken or was edited."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["sha256"] != record_sha256(record):
-            raise ValueError("sha256")
+        require(record["sha256"] == record_sha256(record), "sha256")
         alpha = record["config"].pop("alpha", None)  # in old records: k as a share of the training images
         if alpha is not None:
             record["config"]["k"] = max(1, int(alpha * record["data"]["train"]))
@@ -1444,8 +1360,8 @@ def read_record(path: Path) -> dict:
 
 
 try:
-    SOURCE_SHA256 = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
-except (OSError, TypeError):  # pasted into a notebook
+    SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+except (NameError, OSError):  # pasted into a notebook, or in a zip
     SOURCE_SHA256 = None
 
 
@@ -1454,14 +1370,17 @@ def environment(device: torch.device, bfloat16: bool) -> dict:
     differ."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere what Python knows
     cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    names = {"cuda": lambda: torch.cuda.get_device_name(device),
-             "cpu": lambda: f"cpu {torch.backends.cpu.get_cpu_capability()}"}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
-        "device": names.get(device.type, lambda: str(device))(),
+        "device": f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else name,
         "cpu": cpu[1] if cpu else platform.processor(), "platform": f"{platform.system()} {platform.machine()}",
         "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT"), "threads": torch.get_num_threads(),
         "precision": "bfloat16" if bfloat16 else "float32", "python": platform.python_version(),
         "torch": torch.__version__, "torchvision": torchvision.__version__, "source_sha256": SOURCE_SHA256}
+
+
+MEANING = {"accuracy": "linear probe, last epoch, %", "knn": "200 nearest, %", "uniformity": "larger = more uniform",
+           "tolerance": "mean similarity in a class", "alignment": "mean squared distance of two views"}
 
 
 def show(record: dict, path: Path) -> None:
@@ -1469,12 +1388,9 @@ def show(record: dict, path: Path) -> None:
     config, final = record["config"], record["final"]
     paper = paper_values(config["dataset"], config["loss"], config["tau"])
     say(f"{'':12}{'ours':>9}{'paper':>9}{'untrained':>12}")
-    meaning = {"accuracy": "linear probe, last epoch, %", "knn": "200 nearest, %",
-               "uniformity": "larger = more uniform", "tolerance": "mean similarity in a class",
-               "alignment": "mean squared distance of two views"}
-    for key, what in meaning.items():
-        ours, before = (f"{x:.{2 if '%' in what else 3}f}" if x is not None else "-"
-                        for x in (final.get(key), final["untrained"].get(key)))
+    for key, what in MEANING.items():
+        ours, before = ("-" if metrics.get(key) is None else f"{metrics[key]:.{2 if '%' in what else 3}f}"
+                        for metrics in (final, final["untrained"]))
         say(f"{key:12}{ours:>9}{paper.get(key) or '-':>9}{before:>12}  {what}")
     say(f"preset {config['preset']}, {config['dataset']}: {record['data']['train']:,} training images, "
         f"{config['epochs']} epochs{'; the paper: all images, 200 epochs' if any(paper.values()) else ''}")
@@ -1485,14 +1401,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def say(line: str) -> None:
-    try:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: nobody reads on, and the work goes on
-        sys.stdout = open(os.devnull, "w")
 
 
 DESCRIPTION = (__doc__ or "").split("Read from")[0].strip()
@@ -1512,11 +1420,11 @@ class Parser(argparse.ArgumentParser):
         groups = {True: self.add_argument_group("the study: meaning; value in each preset; source"),
                   False: self.add_argument_group("where it runs")}
         for field in dataclasses.fields(Config):
-            kind, choices = field.metadata["type"], field.metadata["choices"]
+            kind, choices = field.metadata["kind"], field.metadata["choices"]
             values = {preset: filled.get(field.name, field.default) for preset, filled in PRESETS.items()}
             shown = [str(field.default)] if len(set(values.values())) == 1 else [f"{p} {v}" for p, v in values.items()]
             source = "; ".join(filter(None, (", ".join(shown), field.metadata["source"])))
-            options = dict(help=f"{field.metadata['help']}\n[{source}]".replace("%", "%%"), default=argparse.SUPPRESS)
+            options = dict(help=f"{field.metadata['words']}\n[{source}]".replace("%", "%%"), default=argparse.SUPPRESS)
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
@@ -1542,25 +1450,23 @@ def one_line(name: str, work: Callable, *arguments) -> int:
         if getattr(sys, stream) is None:  # closed
             setattr(sys, stream, open(os.devnull, "w"))
         elif hasattr(getattr(sys, stream), "reconfigure"):
-            getattr(sys, stream).reconfigure(errors="replace")  # where a terminal has no τ
+            getattr(sys, stream).reconfigure(errors="replace")  # where a terminal has no "…"
     try:
         work(*arguments)
         return 0
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except Stop as stop:
-        complaint, status = str(stop), stop.status
-    except NotFinite as error:
-        complaint, status = f"not finite: {error}", 1
+        words, status = str(stop), stop.status
     except KeyboardInterrupt:
-        complaint, status = "interrupted; the same command goes on from the last checkpoint, if there is one", 130
+        words, status = "interrupted; the same command goes on from the last checkpoint, if there is one", 130
     except OSError as error:
-        complaint, status = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        words, status = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
+    except (NotFinite, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        complaint, status = f"out of memory: {str(error) or 'no more to be had'}".splitlines()[0], 1
-    print(f"{name}: {' '.join(complaint.split())}", file=sys.stderr)
+        words, status = f"{type(error).__name__}: {error}", 1
+    print(f"{name}: {' '.join(words.split())}", file=sys.stderr)
     return status
 
 

@@ -9,17 +9,14 @@ Each preset's folder gets TABLE.md, CLAIMS.md and the figures. All is made befor
 that is refused changes nothing; but the points of --tsne are kept at once. In reading order: records, tables,
 verdicts, figures, Fig. 2, READMEs.
 """
-from __future__ import annotations
-
+import collections
 import contextlib
-import functools
 import io
 import json
 import math
 import os
 import re
 import sys
-import warnings
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -35,43 +32,8 @@ import ctl
 TAUS = (0.07, 0.3, 0.7, 1.0)
 MATCHED = "contrastive, match_step True"
 TABLE_1 = list(ctl.PAPER["cifar10"])  # (loss, tau) of its ten rows
-COLUMNS = {"accuracy": ("accuracy, %", 2), "knn": ("kNN, %", 2), "uniformity": ("uniformity", 3),
-           "tolerance": ("tolerance", 3)}
-Rows = dict  # (loss and what departs from the preset, tau) -> the runs of each seed
-Groups = dict  # (preset, dataset, protocol version) -> Rows: what differs in one of the three is never averaged
-
-# What a record must hold, by example: a text, a whole number, a number or null.
-METRICS = dict.fromkeys(COLUMNS, 0.5)
-RECORD = {
-    "protocol_version": 1, "data": {"sha256": "", "train": 1},
-    "environment": {"torch": "", "precision": "", "device": ""},
-    "config": {**dict.fromkeys(("loss", "preset", "dataset", "schedule", "bank_init"), ""), "lr": 0.5, "probe_lr": 0.5,
-               **dict.fromkeys(("seed", "epochs", "batch_size", "width"), 1), "tau": 0.5},
-    "final": {**METRICS, "accuracy_heldout": 0.5, "profile": 11 * [0.5], "untrained": METRICS}}
-
-
-def check(value, example, where: str) -> None:
-    """Raise BadInput where a value is missing or of another kind than the example. where: the file, then the key."""
-    kind = (int, float, type(None)) if isinstance(example, float) else type(example)
-    if not isinstance(value, kind) or isinstance(value, (int, float)) and not abs(value) < 1e9:
-        raise ctl.BadInput(f"{where} is missing or of the wrong kind")
-    if isinstance(example, dict):
-        for key in example:
-            check(value.get(key, ...), example[key], f"{where}: {key}")  # an Ellipsis is of no kind that is right
-    if isinstance(example, list):  # of one entry: of any length
-        if len(example) not in (1, len(value)):
-            raise ctl.BadInput(f"{where} has {len(value)} entries, not {len(example)}")
-        for entry in value:
-            check(entry, example[0], where)
-
-
-def read_json(path: Path, example: dict) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ctl.BadInput(f"{path} is not JSON: remove it, or make it anew")
-    check(value, example, str(path))
-    return value
+UNTRAINED = "untrained", None
+Groups = dict  # (preset, dataset, protocol version) -> list[Run]: what differs in one of the three is never averaged
 
 
 class Run(NamedTuple):
@@ -80,148 +42,155 @@ class Run(NamedTuple):
     record: dict
     config: dict
     departs: dict[str, str]  # the settings that depart from the preset, by the file's name
+    row: tuple  # of the table: (loss and what departs, tau)
     final: dict  # the metrics
+
+    @property
+    def stem(self) -> Path:
+        """How the names of its table's figures begin."""
+        return self.path.parents[1] / f"{self.config['dataset']}-v{self.record['protocol_version']}"
+
+    @property
+    def in_paper(self) -> bool:
+        return self.config["dataset"].split("-")[0] in ctl.PAPER
+
+
+def parse(path: Path, text: str) -> dict:
+    """The JSON of a file. To ask it for a key that is missing raises BadInput, which names the file and the key."""
+    class Found(dict):
+        def __missing__(self, key):
+            raise ctl.BadInput(f"{path} has no {key!r}")
+    try:
+        return json.loads(text, object_hook=Found)
+    except ValueError:
+        raise ctl.BadInput(f"{path} is not JSON: remove it, or make it anew")
 
 
 def read_run(path: Path) -> Run:
-    record = ctl.read_record(path)
-    check(record, RECORD, str(path))
-    config, departs = record["config"], {}
-    if record["protocol_version"] == ctl.PROTOCOL_VERSION:  # settings of another version may be unknown here
-        try:
-            ctl.Config(**config)
-        except (ctl.BadInput, TypeError) as error:
-            raise ctl.BadInput(f"{path}: config: {error}")
-    for field in re.findall(rf"_({'|'.join(map(re.escape, config))})-", path.stem):
-        value = config[field]
-        departs[field] = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    record = parse(path, json.dumps(ctl.read_record(path)))
+    config = record["config"]
+    named = re.findall(rf"_({'|'.join(config)})-", path.stem)
+    departs = {field: str(config[field]).strip("[]").replace(", ", "-") for field in named}  # milestones-160-190
     name = ctl.cell_prefix(config["loss"], config["tau"]) + "".join(f"_{field}-{departs[field]}" for field in departs)
     if path.parts[-3:] != (config["preset"], config["dataset"], f"{name}_seed{config['seed']}.json"):
         raise ctl.BadInput(f"{path} holds a record of another run, or is a copy: move it away")
-    return Run(path, record, config, departs, record["final"])
+    row = ", ".join([config["loss"], *map(" ".join, departs.items())]), config["tau"]
+    return Run(path, record, config, departs, row, record["final"])
 
 
-def check_alike(run: Run, other: Run) -> None:
-    """Raise BadInput, naming the key, where two records of one table differ in more than their names say."""
-    named = {key for key in run.departs | other.departs if run.departs.get(key) != other.departs.get(key)}
-    here, there = ({**one.config, "sha256 of the images": one.record["data"]["sha256"]} for one in (run, other))
-    # Another kind of CPU rounds a pixel of `shapes` differently.
-    if named & {"size", "subset", "test_subset"} or run.config["dataset"] == "shapes":
-        named.add("sha256 of the images")
-    for key in sorted((here.keys() & there.keys()) - named - {"loss", "tau", "k", "seed"}):
-        if here[key] != there[key]:
-            raise ctl.BadInput(f"{run.path}: {key} is {here[key]}, but {there[key]} in {other.path}: records "
-                               "of one table must agree in it; move one of them away")
+def check_alike(run: Run, seen: dict) -> None:
+    """Raise BadInput, naming the key, where records of one table differ in more than their names say."""
+    may_differ = {"loss", "tau", "k", "seed", *run.departs}
+    settings = {key: value for key, value in run.config.items() if key not in may_differ}
+    if run.config["dataset"] != "shapes":  # another kind of CPU rounds a pixel of these differently
+        of = "sha256 of the images (size {size}, subset {subset}, test_subset {test_subset})".format_map(run.config)
+        settings[of] = run.record["data"]["sha256"]
+    for key, value in settings.items():
+        usual, path = seen.setdefault(key, (value, run.path))
+        if value != usual:
+            raise ctl.BadInput(f"{run.path}: {key} is {value}, but {usual} in {path}: records of one table must agree "
+                               "in it; move one of them away")
 
 
 def read_groups(results: Path) -> Groups:
-    """All records: as in Table 1, then what departs from the preset, then the untrained networks. Raises BadInput for a
-    record that is broken, misplaced, or of another kind."""
-    groups, first = {}, {}
+    """All records, in the order of the table, then the untrained networks. Raises BadInput for one that is broken or
+    misplaced."""
+    groups, seen = {}, {}
     for run in map(read_run, sorted(results.glob("*/*/*.json"))):
         key = run.config["preset"], run.config["dataset"], run.record["protocol_version"]
-        check_alike(run, first.setdefault(key, run))
-        check_alike(run, first.setdefault((*key, *run.departs.items()), run))
-        # A row of Table 1 without a record is shown as missing, but for presets that show a few rows only.
-        rows = groups.setdefault(key, {row: [] for row in TABLE_1 if key[0] not in ("quick", "smoke")})
-        name = ", ".join([run.config["loss"], *map(" ".join, run.departs.items())])
-        rows.setdefault((name, run.config["tau"]), []).append(run)
-    losses = [loss for loss, _ in TABLE_1]
-
-    def place(row: tuple) -> tuple:
-        loss, _, departs = row[0].partition(", ")
-        return departs, [*losses, loss].index(loss), loss, row[1] or 0
-    for key, rows in groups.items():
-        rows = {row: sorted(rows[row], key=lambda run: run.config["seed"]) for row in sorted(rows, key=place)}
-        untrained = {run.config["seed"]: run._replace(final=run.final["untrained"])  # the same for all runs of a seed
-                     for run in runs_of(rows) if not run.departs}
-        groups[key] = {**rows, ("untrained", None): list(untrained.values())}
+        check_alike(run, seen.setdefault(key, {}))
+        groups.setdefault(key, []).append(run)
+    for runs in groups.values():
+        runs.sort(key=lambda run: (place(run.row), run.config["seed"]))
+        untrained = {run.config["seed"]: run._replace(row=UNTRAINED, final=run.final["untrained"])
+                     for run in runs if not run.departs}  # the same for all runs of a seed
+        runs += untrained.values()
     return groups
 
 
-def runs_of(rows: Rows) -> list[Run]:
-    return [run for runs in rows.values() for run in runs]
+def place(row: tuple) -> tuple:
+    """As in Table 1, then what departs from the preset, then the untrained networks."""
+    loss, _, departs = row[0].partition(", ")
+    losses = [known for known, _ in TABLE_1]
+    return row == UNTRAINED, departs, [*losses, loss].index(loss), loss, row[1] or 0
 
 
-def measured(rows: Rows, name: str, key: str) -> dict:
+def measured(runs: list[Run], name: str, key: str) -> dict:
     """tau (None where the row has none) -> the values of all seeds, where there are any."""
-    found = {tau: [run.final[key] for run in runs if run.final[key] is not None]
-             for (row, tau), runs in rows.items() if row == name}
-    return {tau: values for tau, values in found.items() if values}
+    found = {}
+    for run in runs:
+        if run.row[0] == name and run.final[key] is not None:
+            found.setdefault(run.row[1], []).append(run.final[key])
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
-NONE = "No records yet."
+COLUMNS = {"accuracy": ("accuracy, %", 2), "knn": ("kNN, %", 2), "uniformity": ("uniformity", 3),
+           "tolerance": ("tolerance", 3)}
 
 
 def markdown(head: list, lines: list[list]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (head, ["---"] * len(head), *lines))
 
 
-def mean_sd(values: list[float], digits: int) -> str:
-    if not values:
-        return "–"
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread} ({len(values)})"
+def link(words, path: Path, folder: Path) -> str:
+    return f"[{words}]({Path(os.path.relpath(path, folder)).as_posix().replace(' ', '%20')})"
 
 
-def link(path: Path, folder: Path) -> str:
-    return os.path.relpath(path, folder).replace(os.sep, "/").replace(" ", "%20")
-
-
-def in_paper(dataset: str) -> bool:
-    return dataset.split("-")[0] in ctl.PAPER
-
-
-def table(rows: Rows, folder: Path | None = None) -> str:
+def table(runs: list[Run], folder: Path | None = None) -> str:
     """Ours beside the paper's. Without a folder: the rows of Table 1; with one: all rows, and links from there."""
-    dataset = runs_of(rows)[0].config["dataset"]
-    beside = ctl.TABULATED if in_paper(dataset) else ()
+    config, rows = runs[0].config, {UNTRAINED, *TABLE_1}
+    if folder:
+        # A row of Table 1 without a record is shown as missing, but for presets that show a few rows only.
+        rows = {run.row for run in runs} | {UNTRAINED, *(TABLE_1 if config["preset"] not in ("quick", "smoke") else ())}
+    beside = ctl.TABULATED if runs[0].in_paper else ()
     head, lines = ["loss", "τ"], []
     for key, (title, _) in COLUMNS.items():
         head += [title, "paper"] if key in beside else [title]
-    for name, tau in rows if folder else [*TABLE_1, ("untrained", None)]:
-        line, paper = [name, tau or ""], ctl.paper_values(dataset, name, tau)
+    for name, tau in sorted(rows, key=place):
+        line, paper = [name, tau or ""], ctl.paper_values(config["dataset"], name, tau)
         for key, (_, digits) in COLUMNS.items():
-            line.append(mean_sd(measured(rows, name, key).get(tau, []), digits))
+            values = measured(runs, name, key).get(tau, [])
+            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            line.append(f"{mean(values):.{digits}f}{spread} ({len(values)})" if values else "–")
             line += [paper[key] or "–"] if key in beside else []
         if folder:
-            links = " ".join(f"[{run.config['seed']}]({link(run.path, folder)})" for run in rows[name, tau])
-            line.append("" if name == "untrained" else links or "missing")
+            links = [link(run.config["seed"], run.path, folder) for run in runs if run.row == (name, tau)]
+            line.append("" if name == "untrained" else " ".join(links) or "missing")
         lines.append(line)
     return markdown(head + ["records"] * bool(folder), lines)
 
 
-def about(rows: Rows) -> str:
-    run = runs_of(rows)[0]
+def about(run: Run) -> str:
     return f"{run.record['data']['train']:,} training images, {run.config['epochs']} epochs"
 
 
-def caption(rows: Rows) -> str:
+def caption(runs: list[Run]) -> str:
     """The protocol of a table, from its records."""
-    machines = {"torch {torch}, {precision}, {device}".format(**run.record["environment"]) for run in runs_of(rows)}
+    machines = {"torch {torch}, {precision}, {device}".format_map(run.record["environment"]) for run in runs}
     protocol = ("batch {batch_size}, ResNet-18 of width {width}, SGD with learning rate {lr}, {schedule} schedule, "
-                "bank from {bank_init}; linear probe with learning rate {probe_lr}").format(**runs_of(rows)[0].config)
-    return (f"{about(rows)}, {protocol}. A row that names a setting departs in it. Accuracy is the probe's after its "
-            "last epoch; kNN has k = 200. Each value is the mean over seeds ± the standard deviation; the number of "
-            "seeds is in brackets. The last row is the network before training. Run with "
-            f"{'; '.join(sorted(machines))}.")
+                "bank from {bank_init}; linear probe with learning rate {probe_lr}")
+    return (f"{about(runs[0])}, {protocol.format_map(runs[0].config)}. A row that names a setting departs in it. "
+            "Accuracy is the probe's after its last epoch; kNN has k = 200. Each value is the mean over seeds ± the "
+            "standard deviation; the number of seeds is in brackets. The last row is the network before training. "
+            f"Run with {'; '.join(sorted(machines))}.")
 
 
-def ladder(rows: Rows) -> str:
+def ladder(runs: list[Run]) -> str:
     """Does the best tau move with longer training, or with a wider network? tau 0.3 less tau 0.07, seed by seed."""
     lines = []
-    for name in dict.fromkeys(name for name, _ in rows):
-        pairs = [(small, large) for small in rows.get((name, 0.07), []) for large in rows.get((name, 0.3), [])
-                 if small.config["seed"] == large.config["seed"]]
-        if pairs and name.split(",")[0] == "contrastive" and pairs[0][0].departs.keys() <= {"epochs", "width"}:
-            gains = [[large.final[key] - small.final[key] for small, large in pairs
-                      if None not in (small.final[key], large.final[key])] for key in ("accuracy", "knn")]
-            lines.append([pairs[0][0].config["epochs"], pairs[0][0].config["width"], len(pairs),
-                          *(interval(gain, 2)[0] if gain else "–" for gain in gains)])
-    head = ["epochs", "width", "seeds", "accuracy at τ = 0.3 less that at 0.07 (95 % interval)", "the same of kNN"]
-    return markdown(head, sorted(lines)) if lines else NONE
+    for name in dict.fromkeys(run.row[0] for run in runs if run.departs.keys() <= {"epochs", "width"}):
+        small, large = ({run.config["seed"]: run for run in runs if run.row == (name, tau)} for tau in (0.07, 0.3))
+        seeds = sorted(small.keys() & large.keys())
+        if seeds and name.startswith("contrastive"):
+            gains = [{seed: large[seed].final[key] - small[seed].final[key] for seed in seeds}
+                     for key in ("accuracy", "knn")]
+            config = small[seeds[0]].config
+            lines.append([config["epochs"], config["width"], len(seeds),
+                          *(judge_effect(gain, 2).effect for gain in gains)])
+    return markdown(["epochs", "width", "seeds", "accuracy at τ = 0.3 less that at 0.07 (95 % interval)",
+                     "the same of kNN"], sorted(lines))
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
@@ -244,6 +213,8 @@ NEEDS = """τ is 0.07, 0.3, 0.7, 1.0.
 - Fewer than two seeds decide nothing. The nine claims are tested without correction for their number. These rules were
   written before the first records of `narrow` and `paper`, and after those of `mini` had been seen.
 """
+
+
 class Cells(dict):
     """One seed's runs: (name, tau) -> metrics. KeyError and TypeError say that a run is missing, a metric null."""
 
@@ -253,23 +224,20 @@ class Cells(dict):
     def best(self, loss: str = "contrastive", taus: tuple = TAUS) -> float:
         return max(taus, key=lambda tau: self[loss, tau]["accuracy_heldout"])
 
-    def accuracy(self, loss: str, tau: float | None = None) -> float:
-        return self[loss, tau]["accuracy"]
-
-    def at_best(self) -> float:
-        return self.accuracy("contrastive", self.best())
+    def accuracy(self, loss: str) -> float:
+        return self[loss, self.best(loss) if loss == "contrastive" else None]["accuracy"]
 
     def reverse_u(self, loss: str) -> float:
-        ends = max(self.accuracy(loss, TAUS[0]), self.accuracy(loss, TAUS[-1]))
-        return self.accuracy(loss, self.best(loss, TAUS[1:-1])) - ends
+        accuracy = dict(zip(TAUS, self.over_tau("accuracy", loss)))
+        return accuracy[self.best(loss, (0.3, 0.7))] - max(accuracy[0.07], accuracy[1.0])
 
     def flatness(self) -> float:
         ordinary, hard = self.over_tau("uniformity"), self.over_tau("uniformity", "hard")
         flat = (max(ordinary) - min(ordinary)) / 4 - (max(hard) - min(hard))
         return flat if self.best("hard") > self.best() else min(flat, 0.0)
 
-    def gain(self, accuracy: float) -> float:
-        return accuracy - self.accuracy("untrained")
+    def gain(self, loss: str) -> float:
+        return self.accuracy(loss) - self.accuracy("untrained")
 
 
 SMALLEST = "the smallest step from one τ to the next; p: Page's test"
@@ -284,9 +252,9 @@ CLAIMS = {
            "accuracy at τ = 0.3 or 0.7 (by the held-out labels), less that at the better end (0.07 or 1, by the test "
            "images)"),
     "C4": ("the simple loss is much worse than the ordinary loss at its best τ",
-           {"": lambda c: c.at_best() - c.accuracy("simple") - 2}, "accuracy lost, less 2 points"),
+           {"": lambda c: c.accuracy("contrastive") - c.accuracy("simple") - 2}, "accuracy lost, less 2 points"),
     "C5": ("hard simple is competitive with the ordinary loss at its best τ",
-           {"": lambda c: c.accuracy("hard-simple") - c.at_best() + 1}, "accuracy gained, plus 1 point"),
+           {"": lambda c: c.accuracy("hard-simple") - c.accuracy("contrastive") + 1}, "accuracy gained, plus 1 point"),
     "C6": ("hard loss: more uniform than the ordinary loss at the same τ",
            {"": lambda c: mean(c.over_tau("uniformity", "hard")) - mean(c.over_tau("uniformity"))},
            "the gain in uniformity, mean over the four τ"),
@@ -297,7 +265,7 @@ CLAIMS = {
            "similarity grows", {"gap": lambda c: [profile[1] - profile[0] for profile in c.over_tau("profile")],
                                 "positive": lambda c: [+profile[0] for profile in c.over_tau("profile")]}, SMALLEST),
     "C9": ("the τ→0 loss learns nothing useful",
-           {"": lambda c: c.gain(c.at_best()) / 4 - c.gain(c.accuracy("triplet"))}, "a quarter of the ordinary loss's "
+           {"": lambda c: c.gain("contrastive") / 4 - c.gain("triplet")}, "a quarter of the ordinary loss's "
            "gain in accuracy over the untrained network, less the triplet loss's gain"),
     "M": ("ours, not the paper's: C3 holds also where the step does not grow as 1/τ",
           {"": lambda c: c.reverse_u(MATCHED)}, "as C3, of the loss times τ (`--match-step`)"),
@@ -306,29 +274,23 @@ CLAIMS = {
 
 class Finding(NamedTuple):
     """What the records say of a claim."""
-    verdict: str
+    verdict: str = "undecided"
     effect: str = "–"
     of_each_seed: str = "–"
     seeds: int = 0
 
 
-def interval(values: list[float], digits: int = 3) -> tuple[str, float, float]:
-    """The mean and its 95 % interval by Student's t, in words; the interval's ends, infinite for one value."""
-    from scipy.stats import ttest_1samp
-    words = f"{mean(values):.{digits}f}"
-    if len(values) == 1:
-        return words, -math.inf, math.inf
-    with warnings.catch_warnings():  # SciPy's, of values that are equal, or nearly
-        warnings.simplefilter("ignore")
-        low, high = ttest_1samp(values, 0).confidence_interval()
-    return f"{words} ({low:.{digits}f} to {high:.{digits}f})", low, high
-
-
-def judge_effect(effects: dict[int, float]) -> Finding:
-    """effects: seed -> effect; above 0 speaks for the claim."""
-    words, low, high = interval(list(effects.values()))
-    verdict = "confirmed" if low > 0 else "refuted" if high < 0 else "undecided"
-    return Finding(verdict, words, ", ".join(f"{seed}: {effect:.3f}" for seed, effect in effects.items()), len(effects))
+def judge_effect(effects: dict[int, float], digits: int = 3) -> Finding:
+    """effects: seed -> effect; above 0 speaks for the claim. The 95 % interval of their mean is Student's."""
+    from scipy.stats import t
+    values, half = list(effects.values()), math.inf
+    middle = mean(values)
+    words = f"{middle:.{digits}f}"
+    if len(values) > 1:
+        half = t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+        words += f" ({middle - half:.{digits}f} to {middle + half:.{digits}f})"
+    verdict = "confirmed" if middle > half else "refuted" if middle < -half else "undecided"
+    return Finding(verdict, words, ", ".join(f"{seed}: {effect:.3f}" for seed, effect in effects.items()), len(values))
 
 
 def judge_trend(trend: dict[int, list[float]]) -> Finding:
@@ -337,15 +299,15 @@ def judge_trend(trend: dict[int, list[float]]) -> Finding:
     steps = {f"τ {a} → {b}": {seed: row[i + 1] - row[i] for seed, row in trend.items()}
              for i, (a, b) in enumerate(zip(TAUS, TAUS[1:]))}
     at = min(steps, key=lambda step: mean(steps[step].values()))
-    least, verdict = judge_effect(steps[at]), "undecided"
+    least = judge_effect(steps[at])
     effect = f"{at}: {least.effect}"
-    if len(trend) > 1:
-        rises, falls = (page_trend_test([row[::way] for row in trend.values()]).pvalue for way in (1, -1))
-        verdict = "confirmed" if rises <= 0.025 else "refuted" if falls <= 0.025 else "undecided"
-        effect += f"; p = {rises:.2g}"
+    if len(trend) == 1:
+        return least._replace(effect=effect)
+    rises, falls = (page_trend_test([row[::way] for row in trend.values()]).pvalue for way in (1, -1))
+    verdict = "confirmed" if rises <= 0.025 else "refuted" if falls <= 0.025 else "undecided"
     if verdict == "confirmed" and least.verdict == "refuted":
         verdict += f", except {at}"
-    return least._replace(verdict=verdict, effect=effect)
+    return least._replace(verdict=verdict, effect=f"{effect}; p = {rises:.2g}")
 
 
 def join(found: dict[str, Finding]) -> Finding:
@@ -363,41 +325,39 @@ def judge_measure(measure, seeds: dict[int, Cells]) -> Finding:
         with contextlib.suppress(KeyError, TypeError):
             found[seed] = measure(cells)
     if not found:
-        return Finding("undecided")
+        return Finding()
     return judge_trend(found) if isinstance(next(iter(found.values())), list) else judge_effect(found)
 
 
-def judge(rows: Rows) -> dict[str, Finding]:
+def judge(runs: list[Run]) -> dict[str, Finding]:
     seeds: dict[int, Cells] = {}
-    for row, runs in rows.items():
-        for run in runs:
-            seeds.setdefault(run.config["seed"], Cells())[row] = run.final
+    for run in runs:
+        seeds.setdefault(run.config["seed"], Cells())[run.row] = run.final
     return {claim: join({name: judge_measure(measure, seeds) for name, measure in measures.items()})
             for claim, (_, measures, _) in CLAIMS.items()}
 
 
-def effects(rows: Rows) -> str:
+def effects(runs: list[Run]) -> str:
     """A line a verdict, with the effect of each seed, and what the effect is."""
     lines = [[name, CLAIMS[name][0], f"**{found.verdict}**", found.effect, found.of_each_seed, CLAIMS[name][2]]
-             for name, found in judge(rows).items()]
+             for name, found in judge(runs).items()]
     return markdown(["", "claim", "verdict", "effect (95 % interval)", "of each seed", "what the effect is"], lines)
 
 
 def compare(groups: Groups) -> str:
     """The paper's nine claims, and what each preset says of them."""
-    columns = {f"{preset}, {dataset}": judge(rows) for (preset, dataset, version), rows in groups.items()
-               if in_paper(dataset) and version == ctl.PROTOCOL_VERSION}
-    lines = []
-    for name in list(CLAIMS)[:9]:
-        found = [findings[name] for findings in columns.values()]
-        lines.append([name, CLAIMS[name][0],
-                      *(f"**{one.verdict}**: {one.effect}; {seeds_in_words(one.seeds)}" if one.seeds
-                        else "runs are missing" for one in found)])
-    return markdown(["", "the paper's claim", *columns], lines)
+    columns = {f"{preset}, {dataset}": judge(runs) for (preset, dataset, version), runs in groups.items()
+               if runs[0].in_paper and version == ctl.PROTOCOL_VERSION}
+    lines = [[name, CLAIMS[name][0], *(in_short(found[name]) for found in columns.values())] for name in CLAIMS]
+    return markdown(["", "the paper's claim", *columns], lines[:9])  # the tenth is ours
 
 
-def seeds_in_words(*counts: int) -> str:
-    few, many = min(counts), max(counts)
+def in_short(found: Finding) -> str:
+    return f"**{found.verdict}**: {found.effect}; {in_words([found.seeds])}" if found.seeds else "runs are missing"
+
+
+def in_words(counts: list[int]) -> str:
+    few, many = min(counts, default=0), max(counts, default=0)
     return f"{few} to {many} seeds" if few < many else "one seed" if few == 1 else f"{few} seeds"
 
 
@@ -411,33 +371,23 @@ STYLE = {"svg.hashsalt": "ctl", "font.size": 11, "axes.titlesize": 12, "figure.t
 METADATA = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}  # the same file on any day
 
 
-def draw(rows: Rows, planes: list[dict]) -> dict[str, bytes]:
-    """The paper's Figs. 2 to 9 from the records, as SVG and PNG: file name -> content. A caller's own backend, settings
-    and open figures stay as they are: pyplot is not used."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except Exception as error:  # not installed, or an MPLBACKEND or a matplotlibrc that it refuses
-        ctl.say(f"figures are left out, for want of a working matplotlib: {' '.join(str(error).split())[:150]}")
-        return {}
-    run, files = runs_of(rows)[0], {}
-    title = f"preset {run.config['preset']}: {run.config['dataset']}, {about(rows)}"
-    stem = f"{run.config['dataset']}-v{run.record['protocol_version']}"
-    figures = {f"{stem}-dilemma": (7.2, draw_dilemma), f"{stem}-profile": (6.4, draw_profiles),
-               "penalty": (4.5, draw_penalty)}
-    if planes:
-        figures[f"{stem}-tsne"] = 5.2, functools.partial(draw_planes, planes)
-    style = {**matplotlib.rcParamsDefault, **STYLE}
-    del style["backend"]
-    with matplotlib.rc_context(style):
-        for name, (height, fill) in figures.items():
+def draw(runs: list[Run]) -> dict[Path, bytes]:
+    """The paper's Figs. 2 to 9 from the records, as SVG and PNG. A caller's own backend, settings and open figures stay
+    as they are: pyplot is not used."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+    config, stem, files = runs[0].config, runs[0].stem, {}
+    title = f"preset {config['preset']}: {config['dataset']}, {about(runs[0])}"
+    figures = {f"{stem}-dilemma": (draw_dilemma, 7.2), f"{stem}-profile": (draw_profiles, 6.4),
+               f"{stem}-tsne": (draw_planes, 5.2), stem.with_name("penalty"): (draw_penalty, 4.5)}
+    with matplotlib.style.context(["default", STYLE]):
+        for name, (fill, height) in figures.items():
             figure = Figure(figsize=(8.5, height), layout="constrained")
-            if not fill(figure, rows, title):
-                continue
-            for kind, metadata in METADATA.items():
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-                files[f"{name}.{kind}"] = buffer.getvalue()
+            if fill(figure, runs, title):
+                for kind, metadata in METADATA.items():
+                    buffer = io.BytesIO()
+                    figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+                    files[Path(f"{name}.{kind}")] = buffer.getvalue()
     return files
 
 
@@ -451,29 +401,26 @@ def draw_curve(axis, points: dict, **style) -> None:
         axis.errorbar(list(points), means, spread, marker="o", markersize=5, capsize=3, **style)
 
 
-def draw_dilemma(figure, rows: Rows, title: str) -> bool:
+def draw_dilemma(figure, runs: list[Run], title: str) -> bool:
     """Figs. 4 and 6, 5 and 7, 9: uniformity, tolerance and accuracy against tau."""
-    dataset, before = runs_of(rows)[0].config["dataset"], measured(rows, "untrained", "accuracy")
+    dataset, before = runs[0].config["dataset"], measured(runs, "untrained", "accuracy")
     untrained = f" (untrained: {mean(before[None]):.1f})" if before else ""
-    headings = ("uniformity (larger = more uniform)", "tolerance", f"linear accuracy, %, ours{untrained}",
-                "linear accuracy, %, the paper's")
-    axes, ticks, counts = figure.subplots(2, 2, sharex=True).flatten(), set(TAUS), {0}
-    for axis, heading in zip(axes, headings):
+    axes = figure.subplots(2, 2, sharex=True).flatten()
+    panels = (("uniformity", "uniformity (larger = more uniform)", True, True), ("tolerance", "tolerance", True, True),
+              ("accuracy", f"linear accuracy, %, ours{untrained}", True, False),
+              ("accuracy", "linear accuracy, %, the paper's", False, True))
+    ticks = sorted({*TAUS, *(run.row[1] for run in runs if (run.row[1] or 1) < 0.05)})
+    for axis, (key, heading, with_ours, with_papers) in zip(axes, panels):
         axis.set(xscale="log", xlabel="temperature τ", title=heading)
-    for name, colour in COLOURS.items():
-        label, line = name.replace("match_step True", "loss times τ"), ":" if name == "untrained" else "-"
-        for key, ours_at, paper_at in (("uniformity", 0, 0), ("tolerance", 1, 1), ("accuracy", 2, 3)):
+        for name, colour in COLOURS.items():
+            label, line = name.replace("match_step True", "loss times τ"), ":" if name == "untrained" else "-"
             # The untrained network's accuracy, far below, would flatten the curves: it stands in the heading.
-            if (name, key) != ("untrained", "accuracy"):
-                ours = measured(rows, name, key)
-                draw_curve(axes[ours_at], ours, color=colour, linestyle=line, label=f"{label}, ours")
-                ticks |= {tau for tau in ours if tau and tau < 0.05}
-                counts |= set(map(len, ours.values()))
-            paper = {tau: ctl.paper_values(dataset, name, tau)[key] for tau in PAPER_TAUS}
+            if with_ours and (name, key) != ("untrained", "accuracy"):
+                draw_curve(axis, measured(runs, name, key), color=colour, linestyle=line, label=f"{label}, ours")
+            paper = {tau: ctl.paper_values(dataset, name, tau)[key] for tau in PAPER_TAUS if with_papers}
             paper = {tau: [value] for tau, value in paper.items() if value is not None}
-            draw_curve(axes[paper_at], paper, color=colour, linestyle="--", alpha=0.6, label=f"{label}, the paper's")
-    for axis in axes:
-        axis.set_xticks(sorted(ticks), [f"{tau:g}" for tau in sorted(ticks)])
+            draw_curve(axis, paper, color=colour, linestyle="--", alpha=0.6, label=f"{label}, the paper's")
+        axis.set_xticks(ticks, [f"{tau:g}" for tau in ticks])
         axis.minorticks_off()
         axis.tick_params(labelbottom=True)
     # The same span in points, so that a step looks as large in one panel as in the other.
@@ -481,48 +428,50 @@ def draw_dilemma(figure, rows: Rows, title: str) -> bool:
     half = max(high - low for low, high in limits) / 2
     for axis, (low, high) in zip(axes[2:], limits):
         axis.set_ylim((low + high) / 2 - half, (low + high) / 2 + half)
-    axes[3].set_visible(in_paper(dataset))
+    axes[3].set_visible(runs[0].in_paper)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=10)
-    counts = counts - {0} or {0}
-    spread = "mean ± standard deviation over " if max(counts) > 1 else ""
-    figure.suptitle(f"{title}\n{spread}{seeds_in_words(*counts)}")
+    counts = collections.Counter(run.row for run in runs if run.row[0] in COLOURS).values()
+    spread = "mean ± standard deviation over " if max(counts, default=0) > 1 else ""
+    figure.suptitle(f"{title}\n{spread}{in_words(counts)}")
     return True
 
 
-def draw_profiles(figure, rows: Rows, title: str) -> bool:
+def draw_profiles(figure, runs: list[Run], title: str) -> bool:
     """Fig. 8: the mean similarity of the positive and of the ten nearest negatives, at the four tau of Table 1."""
-    found = measured(rows, "contrastive", "profile")
+    found = measured(runs, "contrastive", "profile")
     profiles = {tau: [p for p in found.get(tau, []) if None not in p] for tau in TAUS}
     counts = [len(some) for some in profiles.values() if some]
     for tau, axis in zip(TAUS, figure.subplots(2, 2).flat):
         means = list(map(mean, zip(*profiles[tau]))) or [0] * 11
         axis.bar(["pos", *(f"n{place}" for place in range(1, 11))], means, color=["#d55e00"] + ["#0072b2"] * 10)
         axis.set(title=f"τ = {tau}{'' if profiles[tau] else ': no records yet'}", ylim=(0, 1), ylabel="mean similarity")
-    figure.suptitle(f"{title}; {seeds_in_words(*counts or [0])}\npos: an image and a view of itself; n1 to n10: an "
+    figure.suptitle(f"{title}; {in_words(counts)}\npos: an image and a view of itself; n1 to n10: an "
                     "image and views of the ten others nearest to it")
     return bool(counts)
 
 
-def draw_planes(planes: list[dict], figure, rows: Rows, title: str) -> bool:
+def draw_planes(figure, runs: list[Run], title: str) -> bool:
     """Fig. 2: t-SNE of embeddings of test images, at a small and a larger tau."""
+    planes, dataset = read_planes(runs), runs[0].config["dataset"]
     cifar10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-    names = dict(enumerate(cifar10 if runs_of(rows)[0].config["dataset"].split("-")[0] == "cifar10" else []))
+    names = dict(enumerate(cifar10 if dataset.split("-")[0] == "cifar10" else []))
     classes = sorted({label for plane in planes for label in plane["tsne"]["label"]})
-    for plane, axis in zip(planes, figure.subplots(1, len(planes), squeeze=False).flat):
-        points = list(zip(*(plane["tsne"][key] for key in ("x", "y", "label"))))
+    for at, plane in enumerate(planes):
+        axis = figure.add_subplot(1, len(planes), at + 1)
         for place, label in enumerate(classes):  # five colours, then the next marker: told apart without the hue
-            x, y = ([point[i] for point in points if point[2] == label] for i in (0, 1))
+            x, y = ([value for value, its in zip(plane["tsne"][key], plane["tsne"]["label"]) if its == label]
+                    for key in "xy")
             axis.scatter(x, y, s=10, color=list(COLOURS.values())[place % 5], marker="ox^s+"[place // 5 % 5],
                          label=names.get(label, f"class {label}"))
         axis.set(title=f"τ = {plane['tau']}: kNN accuracy {plane['knn']} %", xticks=[], yticks=[])
-    if len(classes) <= 20:
+    if 0 < len(classes) <= 20:
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2)
     figure.suptitle(f"{title}\nt-SNE of embeddings of test images, by class")
-    return True
+    return bool(planes)
 
 
-def draw_penalty(figure, rows: Rows, title: str) -> bool:
+def draw_penalty(figure, runs: list[Run], title: str) -> bool:
     """Fig. 3: Eq. 5 for negatives drawn evenly from [-1, 1]."""
     axis = figure.subplots()
     s = torch.rand(1, 200, generator=ctl.generator("figure 3"), dtype=torch.float64).sort(dim=1).values * 2 - 1
@@ -537,37 +486,32 @@ def draw_penalty(figure, rows: Rows, title: str) -> bool:
 
 # ------------------------------------------------------------------------------------------ Fig. 2, from checkpoints
 
-FIG_2 = (0.07, 0.2)  # the tau whose embeddings the paper shows on a plane
-PLANES = {"protocol_version": 1, "planes": [{"tau": 0.5, "knn": 0.5, "tsne": {"x": [0.5], "y": [0.5], "label": [1]}}]}
+FIG_2 = [("contrastive", 0.07), ("contrastive", 0.2)]  # the rows whose embeddings the paper shows on a plane
 
 
-def read_planes(path: Path, rows: Rows) -> list[dict]:
-    """The points of Fig. 2: what --tsne kept in that file, else what old records hold. Nothing is computed."""
+def read_planes(runs: list[Run]) -> list[dict]:
+    """The points of Fig. 2: what --tsne kept, else what old records hold. Nothing is computed."""
+    path = Path(f"{runs[0].stem}-tsne.json")
     if path.exists():
-        kept = read_json(path, PLANES)
-        return kept["planes"] if kept["protocol_version"] == runs_of(rows)[0].record["protocol_version"] else []
-    planes = []
-    for tau in FIG_2:
-        for run in [run for run in rows.get(("contrastive", tau), []) if run.record.get("tsne")][:1]:
-            planes.append({"tau": tau, "knn": run.final["knn"], "tsne": run.record["tsne"]})
-            check(planes[-1], PLANES["planes"][0], str(run.path))
-    return planes
+        return parse(path, path.read_text(encoding="utf-8"))
+    first = {run.row: run for run in reversed(runs) if run.row in FIG_2 and run.record.get("tsne")}
+    return [{"tau": row[1], "knn": first[row].final["knn"], "tsne": first[row].record["tsne"]}
+            for row in FIG_2 if row in first]
 
 
-def compute_planes(source: str, results: Path, rows: Rows, runs: Path) -> bool:
-    """t-SNE of the dataset's first 1,000 test images, by checkpoints of seed 0. The points are kept beside the records;
-    False where there is no such checkpoint."""
+def compute_planes(source: str, runs: list[Run], checkpoints: Path) -> None:
+    """t-SNE of the dataset's first 1,000 test images, by checkpoints of seed 0. The points are kept beside the records,
+    for `read_planes`. Raises BadInput where there is no such checkpoint."""
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
-    planes = []
-    for run in (run for tau in FIG_2 for run in rows.get(("contrastive", tau), []) if run.config["seed"] == 0):
-        path = Path(runs, *run.path.parts[-3:]).with_suffix(".pt")
-        saved = ctl.load_checkpoint(path) if path.exists() else None
-        if not saved:
+    planes = {}
+    for run in runs:
+        path = Path(checkpoints, *run.path.parts[-3:]).with_suffix(".pt")
+        if run.row not in FIG_2 or run.config["seed"] != 0 or not path.exists():
             continue
-        config = ctl.Config(**run.config)
+        config, saved = ctl.Config(**run.config), ctl.load_checkpoint(path)
         data = ctl.load_dataset(source, HOME.parent / "data", config.size)
-        if data.name != config.dataset:
+        if not saved or data.name != config.dataset:
             continue
         data = ctl.take_subset(data, config)
         ctl.refuse_other(path, saved, {**run.record, "data": data.sha256()})
@@ -577,107 +521,92 @@ def compute_planes(source: str, results: Path, rows: Rows, runs: Path) -> bool:
         # Another number of threads gives another picture; the start by PCA fails where all embeddings are equal.
         with threadpool_limits(1):
             places = TSNE(perplexity=min(30.0, len(z) / 4), init="random", random_state=0).fit_transform(z.numpy())
-        x, y = ([round(value, 1) for value in column] for column in places.T.tolist())
+        x, y = places.T.astype(float).round(1).tolist()
         points = {"x": x, "y": y, "label": data.test_labels[:1000].tolist()}
-        planes.append({"tau": config.tau, "knn": run.final["knn"], "tsne": points})
-    if planes:
-        content = json.dumps({"protocol_version": ctl.PROTOCOL_VERSION, "planes": planes}, sort_keys=True) + "\n"
-        ctl.write_whole(results / config.preset / f"{config.dataset}-tsne.json", content.encode())
-    return bool(planes)
+        planes.setdefault(run.stem, []).append({"tau": config.tau, "knn": run.final["knn"], "tsne": points})
+    if not planes:
+        raise ctl.BadInput(f"{checkpoints} has no checkpoint of contrastive, tau 0.07 or 0.2, seed 0, with a record")
+    for stem, found in planes.items():
+        ctl.write_whole(Path(f"{stem}-tsne.json"), json.dumps(found).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------- READMEs
 
-MARKER = re.compile(r"(<!-- report: ([^\n]*?) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)
-PARTS = ("augmentation", "forward", "similarities and loss", "backward", "optimiser", "bank update")  # of a step
+MARKER = re.compile(r"(<!-- report: (compare|costs|(?:table|rows|effects|ladder) \S+ \S+) -->\n)"
+                    r".*?(<!-- /report -->)", re.DOTALL)
 COSTS = {"step_ms": ("the step, ms", 1), "network_ms": ("network alone", 1), "step_over_network": ("step / network", 3),
          "images_per_second": ("images/s", 0), "peak_memory_mib": ("MiB", 0), "training_hours": ("training, h", 1)}
-SPEED = {"environment": {"threads": 1}, "parts_ms": dict.fromkeys(PARTS, 0.5), **dict.fromkeys(COSTS, 0.5)}
 
 
 def costs(folder: Path) -> str:
     """What speed.py measured: a row for each of its files; links are from the folder."""
-    lines = []
+    lines, parts = [], {}
     for path in sorted((HOME / "profile").glob("*.json")):
-        found = read_json(path, SPEED)
-        values = [(found["parts_ms"][part], 1) for part in PARTS]
-        values += [(found[key], digits) for key, (_, digits) in COSTS.items()]
-        lines.append([f"[{path.stem}]({link(path, folder)})", found["environment"]["threads"],
-                      *("–" if value is None else f"{value:.{digits}f}" for value, digits in values)])
-    return markdown(["", "threads", *PARTS, *(title for title, _ in COSTS.values())], lines)
-
-
-def part(words: str, groups: Groups, folder: Path) -> str:
-    """What belongs behind the marker `<!-- report: WORDS -->` of the README in that folder."""
-    kinds = {"table": table, "rows": functools.partial(table, folder=folder), "effects": effects, "ladder": ladder}
-    match words.split():
-        case ["compare"]:
-            return compare(groups)
-        case ["costs"]:
-            return costs(folder)
-        case [kind, preset, dataset] if kind in kinds and preset in ctl.PRESETS:
-            rows = groups.get((preset, dataset, ctl.PROTOCOL_VERSION))
-            return kinds[kind](rows) if rows else NONE
-    raise ctl.BadInput(f"{folder / 'README.md'}: a marker says {words!r}: it is compare, or costs, or one of "
-                       f"{', '.join(kinds)} with a preset and a dataset")
+        found = parse(path, path.read_text(encoding="utf-8"))
+        parts = found["parts_ms"]
+        lines.append([link(path.stem, path, folder), found["environment"]["threads"],
+                      *(f"{value:.1f}" for value in parts.values()),
+                      *(f"{found[key] or math.nan:.{digits}f}" for key, (_, digits) in COSTS.items())])
+    return markdown(["", "threads", *parts, *(title for title, _ in COSTS.values())], lines)
 
 
 def fill_in(path: Path, groups: Groups) -> bytes:
     """A README with its parts between markers made anew."""
+    kinds = {"compare": compare, "costs": lambda _: costs(path.parent), "effects": effects, "ladder": ladder,
+             "rows": lambda runs: table(runs, path.parent), "table": table}
+
+    def part(found: re.Match) -> str:
+        kind, *where = found[2].split()
+        these = groups.get((*where, ctl.PROTOCOL_VERSION)) if where else groups
+        return f"{found[1]}{kinds[kind](these) if these else 'No records yet.'}\n{found[3]}"
     text = path.read_text(encoding="utf-8")
-    filled, count = MARKER.subn(lambda found: f"{found[1]}{part(found[2], groups, path.parent)}\n{found[4]}", text)
-    if not len(re.findall(r"<!--\s*report", text)) == len(re.findall(r"<!--\s*/\s*report", text)) == count:
+    filled, count = MARKER.subn(part, text)
+    if not text.count("<!-- report") == text.count("<!-- /report") == count:
         raise ctl.BadInput(f"{path} has a `<!-- report: … -->` that is misspelt, or has no `<!-- /report -->`: mend it")
     return filled.encode()
 
 
-def make_files(results: Path, groups: Groups) -> dict[Path, bytes]:
+def make_files(groups: Groups) -> dict[Path, bytes]:
     """Each preset's files; tables and verdicts are printed too."""
     files: dict[Path, bytes] = {}
-    for (preset, dataset, version), rows in groups.items():
-        folder, title = results / preset, f"preset {preset}, dataset {dataset}, protocol version {version}"
-        ours, verdicts = table(rows, folder), effects(rows)
+    for (preset, dataset, version), runs in groups.items():
+        folder, title = runs[0].stem.parent, f"preset {preset}, dataset {dataset}, protocol version {version}"
+        ours, verdicts = table(runs, folder), effects(runs)
         ctl.say(f"\n{title}\n\n{ours}\n\n{verdicts}")
         # A preset's datasets and versions stand one below the other.
         files.setdefault(folder / "TABLE.md", f"# Table 1, preset {preset}: ours beside the paper's\n".encode())
         files.setdefault(folder / "CLAIMS.md", f"# The paper's claims, preset {preset}\n\n{NEEDS}".encode())
-        files[folder / "TABLE.md"] += f"\n## {title}\n\n{ours}\n\n{caption(rows)}\n".encode()
+        files[folder / "TABLE.md"] += f"\n## {title}\n\n{ours}\n\n{caption(runs)}\n".encode()
         files[folder / "CLAIMS.md"] += f"\n## {title}\n\n{verdicts}\n".encode()
-        drawn = draw(rows, read_planes(folder / f"{dataset}-tsne.json", rows))
-        files |= {folder / name: content for name, content in drawn.items()}
+        files |= draw(runs)
     return files
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ctl.Parser("report.py", (__doc__ or "").split("\n")[0])
-    parser.add_argument("--results", default=HOME, help="folder of the records [where this file lies]")
+    parser = ctl.Parser("report.py", __doc__)
+    parser.add_argument("--results", default=HOME, type=Path, help="folder of the records [where this file lies]")
     parser.add_argument("--preset", choices=list(ctl.PRESETS), help="report that preset alone [all that have records]")
     parser.add_argument("--readme", action="store_true", help="fill the generated parts of both READMEs too")
     parser.add_argument("--tsne", metavar="DATASET", help="compute Fig. 2 from the checkpoints of that dataset")
-    parser.add_argument("--runs", default=HOME.parent / "runs", help="folder of the checkpoints [runs/]")
+    parser.add_argument("--runs", default=HOME.parent / "runs", type=Path, help="folder of the checkpoints [runs/]")
     given = parser.parse_args(argv)
-    results, runs = Path(given.results).expanduser(), Path(given.runs).expanduser()
-    if given.readme and results.resolve() != HOME:
-        raise ctl.BadInput("--readme fills the project's own READMEs, from its own records: leave out --results")
+    results = given.results.expanduser().resolve()
+    groups = read_groups(results)
+    chosen = {key: runs for key, runs in groups.items() if given.preset in (None, key[0])}
+    if not chosen:
+        raise ctl.BadInput(f"no records of {given.preset or 'any preset'} in {results}: run some first")
     try:
-        groups = read_groups(results)
-        chosen = {key: rows for key, rows in groups.items() if given.preset in (None, key[0])}
-        if not chosen:
-            raise ctl.BadInput(f"no records of {given.preset or 'any preset'} in {results}: run some first")
         if given.tsne:
-            found = [compute_planes(given.tsne, results, chosen[key], runs) for key in chosen
-                     if key[2] == ctl.PROTOCOL_VERSION]
-            if not any(found):
-                raise ctl.BadInput(f"{runs} has no checkpoint of contrastive, tau 0.07 or 0.2, seed 0, with a record")
-        files = make_files(results, chosen)
-        for path in (HOME.parent / "README.md", HOME / "README.md"):
-            if given.readme and path.exists():
-                files[path] = fill_in(path, groups)
-        for path, content in files.items():
-            if not path.exists() or path.read_bytes() != content:
-                ctl.write_whole(path, content)
+            current = [run for key, runs in chosen.items() for run in runs if key[2] == ctl.PROTOCOL_VERSION]
+            compute_planes(given.tsne, current, given.runs.expanduser())
+        files = make_files(chosen)
+        for path in (results.parent / "README.md", results / "README.md") if given.readme else ():
+            files[path] = fill_in(path, groups)
     except ImportError as error:
-        raise ctl.BadInput(f"{error}: the verdicts need scipy, --tsne needs scikit-learn")
+        raise ctl.BadInput(f"{error}: verdicts need scipy, figures matplotlib, --tsne scikit-learn")
+    for path, content in files.items():
+        if not path.exists() or path.read_bytes() != content:
+            ctl.write_whole(path, content)
 
 
 if __name__ == "__main__":

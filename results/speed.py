@@ -7,7 +7,6 @@
 Takes the settings of ctl.py. It trains nothing that is kept, and writes no file.
 """
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -81,8 +80,8 @@ def measure_step(config: ctl.Config, images: torch.Tensor, seconds: float) -> di
     N, device = len(images), images.device
     model, optimiser = ctl.make_model(config, device)
     bank = ctl.MemoryBank(N, config.dim, config.bank_momentum, "random", ctl.generator(config.seed, "bank"), device)
-    index = torch.randperm(N, generator=ctl.generator(config.seed, "order", 0))[:config.batch_size]
-    views = ctl.normalise(images[index.to(device)].float() / 255)
+    index = torch.randperm(N, generator=ctl.generator(config.seed, "order", 0))[:config.batch_size].to(device)
+    views = ctl.normalise(images[index].float() / 255)
     clock, rounds, alone, warm_up, end = Clock(device), [], [], 2, time.perf_counter() + seconds
     watch(clock, model, optimiser, bank)
     while len(rounds) < warm_up + 5 or time.perf_counter() < end:
@@ -112,8 +111,7 @@ def peak_memory(device: torch.device) -> float | None:
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     with contextlib.suppress(ImportError):
         import resource
-        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
 def measure_augmentation(config: ctl.Config, host: torch.Tensor, device: torch.device) -> dict:
@@ -135,20 +133,14 @@ def measure_augmentation(config: ctl.Config, host: torch.Tensor, device: torch.d
 
 
 def measure_evaluation(config: ctl.Config, N: int, device: torch.device) -> dict:
-    """The time of the metrics of 10,000 embeddings and the memory of the tensors made meanwhile; the probe's time."""
+    """The time of the metrics of 10,000 embeddings, and of the probe."""
     place = torch.device("cpu") if device.type == "mps" else device  # where `embed` leaves its embeddings
     z = torch.nn.functional.normalize(torch.randn(10_000, config.dim, generator=ctl.generator("z")), dim=1).to(place)
     h = torch.randn(2, N, 8 * config.width, generator=ctl.generator("h")).to(place)
     y, y_train = (torch.arange(n, device=place) % 10 for n in (len(z), N))
     metrics = lambda: (ctl.uniformity(z), ctl.tolerance(z, y))
     epoch = lambda: ctl.linear_probe(h, y_train, h[0, :10], y_train[:10], epochs=1, lr=config.probe_lr)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler has its say on standard error
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        metrics()
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    held = [event.nbytes() for event in events if event.name() == "[memory]"]  # below 0 where memory is freed
     return {"uniformity_and_tolerance_of_10000_ms": milliseconds(place, metrics),
-            "uniformity_and_tolerance_of_10000_mib": max(itertools.accumulate(held)) / 2 ** 20,
             "probe_seconds": 100 * milliseconds(place, epoch) / 1000}  # it has 100 epochs
 
 
@@ -182,7 +174,7 @@ def show(p: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ctl.Parser("speed.py", (__doc__ or "").strip())
+    parser = ctl.Parser("speed.py", __doc__)
     parser.add_settings()
     parser.add_argument("--json", action="store_true", help="JSON on standard output, all else on standard error")
     given = vars(parser.parse_args(argv))
