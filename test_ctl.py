@@ -1624,7 +1624,8 @@ def test_how_often_a_checkpoint_is_saved(cli, monkeypatch):
 
 
 DRIVER = """
-import os, signal, sys, ctl
+import os, signal, sys, torch, ctl
+torch.set_num_threads(1)  # a child that is forked has none of its parent's threads
 data = ctl.load_shapes(32)
 ctl.load_shapes, ctl.CHECKPOINT_SECONDS = lambda size: data, 0
 def die(*given):
