@@ -108,7 +108,7 @@ if [ -n "$dry" ] || [ "$count" -eq 0 ]; then # an array may have more tasks than
     exit 0
 fi
 mkdir -p "$logs"
-# glibc keeps freed memory: with 50,000 images on a CPU a step takes a sixth less time (results/SPEED.md).
+# glibc keeps freed memory: with 50,000 images on a CPU a step takes less time (results/SPEED.md).
 export MALLOC_TOP_PAD_=134217728 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 export -f run_cell && export common more logs
 cells | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c 'set -uo pipefail; run_cell "$1"' cell || failed=yes
