@@ -1424,7 +1424,7 @@ class Parser(argparse.ArgumentParser):
             values = {preset: filled.get(field.name, field.default) for preset, filled in PRESETS.items()}
             shown = [str(field.default)] if len(set(values.values())) == 1 else [f"{p} {v}" for p, v in values.items()]
             source = "; ".join(filter(None, (", ".join(shown), field.metadata["source"])))
-            options = dict(help=f"{field.metadata['words']}\n[{source}]".replace("%", "%%"), default=argparse.SUPPRESS)
+            options = dict(help=f"{field.metadata['words']}\n[{source}]", default=argparse.SUPPRESS)
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:

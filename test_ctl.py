@@ -1478,6 +1478,14 @@ def test_record(undisturbed, monkeypatch):
     assert 0 < saved["seconds"] < r["timing"]["seconds"] and r["timing"].keys() == {"seconds"}
 
 
+def test_threads(undisturbed, cli, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    for more in (["--threads", "7"], []):  # the record is there: nothing is trained
+        cli("--preset", "smoke", "--results", undisturbed / "results", *more)
+    assert given == [7, torch.get_num_threads()]
+
+
 def test_same_command_elsewhere_gives_the_same(undisturbed, cli, monkeypatch):
     monkeypatch.setattr(ctl, "evaluate", lambda *given, real=ctl.evaluate: print("<evaluates>") or real(*given))
     torch.manual_seed(99)  # nothing depends on the global generator
@@ -1748,6 +1756,8 @@ def test_what_finite_looks_at(spoilt):
         (model.head.weight[0], model.stem[1].running_mean, run.bank.rows[2], run.losses, torch.ones(1))[spoilt][
             -1:].detach().fill_(math.nan)
     assert ctl.load_checkpoint("a.pt")["config"] == run.finite() == (spoilt == 4)
+    with contextlib.nullcontext() if spoilt == 4 else pytest.raises(ctl.NotFinite, match="epoch 1"):
+        ctl.end_epoch(run, tiny(eval_every=0), None)
 
 
 # ---------------------------------------------------------------------------------------------------- what goes wrong
@@ -1816,8 +1826,8 @@ def test_exit_statuses(error, status, words, cli, monkeypatch):
         raise error
     monkeypatch.setattr(ctl, "pick_device", fail)
     assert cli(*SMOKE, status=status, words=f"ctl.py: {words}" if words else "") == ""
-    monkeypatch.setattr(ctl, "pick_device", lambda _: 1 / 0)  # a fault of the program: not hidden
-    with pytest.raises(ZeroDivisionError):
+    error = RuntimeError("a fault of the program")  # not hidden
+    with pytest.raises(RuntimeError, match="a fault"):
         ctl.main(SMOKE)
 
 
