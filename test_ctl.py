@@ -44,6 +44,7 @@ import numpy as np
 from PIL import Image, ImageOps
 import pytest
 import scipy.io
+import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -476,6 +477,15 @@ def test_closed_cases_of_the_metrics(t_):
         assert ctl.tolerance(z, torch.full((len(z),), 5)) == pytest.approx(tolerance, abs=1e-12)
     assert math.isnan(ctl.uniformity(one, t_)) and math.isnan(ctl.uniformity(one[:0], t_))
     assert ctl.uniformity(pair, 200.0) == math.inf and math.isnan(ctl.tolerance(pair, torch.tensor([0, 1])))
+
+def test_uniformity_of_the_sphere():
+    # "uniform on the sphere: -2t + log 0F1(; d/2; t²) = -3.93753001 for d = 128, t = 2", within 5 standard deviations
+    # of "about sqrt(0.2653/(M(M-1)))"
+    M, expected = 2000, -4 + math.log(scipy.special.hyp0f1(64, 4.0))
+    assert expected == pytest.approx(-3.93753001, abs=1e-8)
+    bank = ctl.MemoryBank(M, 128, generator=seeded(0)).rows  # a random bank is uniform too
+    for z in (sphere(M, 128, 1, torch.float32), bank):
+        assert abs(ctl.uniformity(z) + expected) <= 5 * math.sqrt(0.2653 / (M * (M - 1)))
 
 @given(st.integers(2, 14), st.integers(1, 6), st.integers(1, 6), st.floats(0.1, 5), st.integers(1, 15), seeds)
 @fewer

@@ -2,7 +2,7 @@
 
 The report reads records that are made up here: mostly the paper's own Table 1. speed.py reads a clock that moves only
 where a part of the step is at work: each figure is then known exactly. What reproduce.sh only plans meets a Python that
-notes what it is asked to run; the true ctl.py must know each flag.
+notes what it is asked to run; one table is trained in earnest.
 """
 import contextlib
 import copy
@@ -881,10 +881,6 @@ def test_the_plan_without_a_gpu(house):
     assert "90 cells of preset mini on cifar10 cifar100 svhn, 3 seed(s)" in out and "0 GPU(s)" in out
     whole = [" ".join(words) for words in plan()]
     assert len(set(whole)) == 90 and all("--seed 0 " in line for line in whole[:30])  # one seed of everything first
-    parser = ctl.Parser()
-    parser.add_settings()
-    for line in whole:
-        ctl.settle(vars(parser.parse_args(line.split()[1:])))  # ctl.py takes it
     assert all(line.endswith("--device cpu --threads 1") for line in whole)
     for loss, tau in ctl.PAPER["cifar10"]:
         for name in ("cifar10", "cifar100", "svhn"):
@@ -1023,3 +1019,32 @@ def test_data_sets_that_cannot_be_had(house):
 def test_bad_options_of_reproduce(options, house):
     status, out, err = reproduce(*options)
     assert status == 2 and err.count("\n") == 1 and out == "" and not asked() and not Path("x").exists()
+
+
+def test_a_table_that_is_killed_goes_on_to_the_same_records(house):
+    """In earnest: two cells at once, all processes killed soon after the first checkpoint, wherever they are."""
+    shutil.copy(ctl.__file__, "ctl.py")
+    for i, image in enumerate(images(140)):
+        path = Path("my images", "train" if i < 100 else "test", f"class {i % 2}", f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    Path("driver.py").write_text("import sys, ctl\nctl.CHECKPOINT_SECONDS = 0\nsys.exit(ctl.main())\n")
+    Path(".venv/bin/python").write_text(f"""#!/bin/sh
+        case "$*" in *device_count*) echo 0 ;; ctl.py*) shift; exec "{sys.executable}" driver.py "$@" ;; esac""")
+    line = ["bash", "reproduce.sh", *TWO, "--datasets", "my images", "--jobs", "2", "--", "--epochs", "4"]
+    table = start(*line)
+    while table.poll() is None and not list(Path("runs/smoke").rglob("*.pt")):
+        time.sleep(0.005)
+    time.sleep(time.time() % 0.3)
+    assert table.poll() is None
+    os.killpg(table.pid, signal.SIGKILL)
+    table.communicate()
+    status, out, err = end(start(*line))
+    assert status == 0 and err == "", err
+    assert any("going on from" in log.read_text() for log in Path("runs/logs").rglob("*.log"))
+    config = smoke(tau=0.3, epochs=4, threads=1, dataset="my images", results="whole", runs="whole")
+    whole = ctl.train(config)
+    records = [ctl.read_record(path) for path in sorted(Path("results").rglob("*.json"))]
+    assert len(records) == 2
+    assert {**records[0], "timing": 0, "environment": 0} == {**whole, "timing": 0, "environment": 0}
+    assert not [path for path in Path().rglob("*") if path.name.endswith(".tmp")]
