@@ -442,8 +442,8 @@ class Block(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != out:
-            # Every second pixel, then a convolution of stride 1: to the bit the same as a 1x1 convolution of stride 2,
-            # whose weight gradient corrupts memory on CPUs where channels are few (uxlfoundation/oneDNN#6035).
+            # Every second pixel, then a convolution of stride 1: but for rounding a 1x1 convolution of stride 2, whose
+            # weight gradient corrupts memory on CPUs where channels are few (uxlfoundation/oneDNN#6035).
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), nn.Conv2d(channels, out, 1, bias=False),
                                           nn.BatchNorm2d(out))
 
