@@ -99,7 +99,7 @@ have='import sys, ctl; sys.exit(ctl.one_line("left out", ctl.load_dataset, *sys.
 done
 [ ${#datasets[@]} -gt 0 ] || stop "no data set can be had: take --datasets FOLDER or --datasets shapes"
 common=$(printf -- '--preset %s --data %q --results %q' "$preset" "$data" "$results") count=$(cells | wc -l)
-case "$preset" in paper) one=33 ;; narrow) one=120 ;; mini) one=15 ;; quick) one=2 ;; *) one=1 ;; esac # minutes
+case "$preset" in paper) one=$((gpus > 0 ? 33 : 5400)) ;; narrow) one=120 ;; mini) one=15 ;; quick) one=2 ;; *) one=1 ;; esac # minutes
 minutes=$(((count + jobs - 1) / jobs * one)) logs="runs/logs/$preset-${results//\//%}"
 echo "plan: $((count)) cells of preset $preset on$(printf ' %q' "${datasets[@]}"), $seeds seed(s), $jobs at once," \
     "$gpus GPU(s); about $((minutes / 60)) h $((minutes % 60)) min, less what is done already; logs in $logs"
