@@ -521,6 +521,7 @@ def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Dat
     if dataset in DOWNLOADS:
         require(size == 32, f"{dataset} has images of 32x32: give --size 32", BadInput)
         return load_download(dataset, Path(root).expanduser())
+    require(dataset != "shapes" or size <= 64, "shapes are made up to 64x64: give a smaller --size", BadInput)
     return load_shapes(size) if dataset == "shapes" else load_folder(dataset, size)
 
 
@@ -809,7 +810,7 @@ def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
 
 # ── 6  TRAINING ───────────────────────────────────────────────────────────────────────────────── paper, section 5.1 ──
 
-PROTOCOL_VERSION = 1  # goes up when the same settings would give other results
+PROTOCOL_VERSION = 1  # goes up when the same settings would give other results, but for rounding
 
 
 LOSSES = {  # each loss, and the settings that it takes; a new one needs a row here, a new setting a field of Config
@@ -913,7 +914,7 @@ SMALL = dict(width=16, lr=0.1, schedule="cosine", warmup=3.0, bank_init="embeddi
 MINI = dict(SMALL, epochs=60, batch_size=64, k=409, subset=5000)
 PRESETS = {
     "paper": {},  # section 5.1; for a GPU
-    "narrow": dict(SMALL, epochs=40),  # all images, a narrow network: two hours on a core
+    "narrow": dict(SMALL, epochs=40),  # all images, a narrow network: two to three hours on a core
     "mini": MINI,  # a tenth of the images: a quarter of an hour on a core
     # A demonstration on shapes, two minutes a run; and seconds, for tests.
     "quick": dict(MINI, dataset="shapes", size=24, width=8, subset=500, test_subset=1000, batch_size=16, epochs=160,
@@ -1016,6 +1017,8 @@ def start(config: Config, data: Data, device: torch.device, checkpoint: Path, id
         f"{config.seed}: {config.epochs} epochs on {device}, threads: {torch.get_num_threads()}")
     model, optimiser = make_model(config, device)
     saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
+    if checkpoint.exists() and not saved:  # kept, as too little memory may look like damage
+        checkpoint.replace(checkpoint.with_suffix(".damaged"))
     if saved:
         refuse_other(checkpoint, saved, identity)
         model.load_state_dict(saved["model"])
@@ -1221,14 +1224,15 @@ def save_checkpoint(path: Path, run: Run, identity: dict) -> None:
 
 def load_checkpoint(path: str | Path) -> dict | None:
     """What a run saved, on the CPU; None, and a line that says so, where the file is damaged."""
+    content = Path(path).read_bytes()  # an error in reading it is no damage
     try:
-        with zipfile.ZipFile(path) as file:  # torch.save writes a zip; torch.load does not look at its checksums
+        with zipfile.ZipFile(io.BytesIO(content)) as file:  # what torch.save writes; torch.load checks no checksum
             require(not file.testzip(), "a checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         needed = {"config", "data", "protocol_version", *(field.name for field in dataclasses.fields(Run))}
         require(needed <= state.keys(), "not a checkpoint")
         return state
-    except (MemoryError, FileNotFoundError, PermissionError):
+    except MemoryError:
         raise
     except Exception:  # zipfile and torch.load raise many kinds on a damaged file
         say(f"the checkpoint {path} is damaged: it is not used")
@@ -1366,8 +1370,8 @@ except (NameError, OSError):  # pasted into a notebook, or in a zip
 
 
 def environment(device: torch.device, bfloat16: bool) -> dict:
-    """Where a run was made. On CPUs digits agree where cpu, ONEDNN_MAX_CPU_ISA, threads and torch do; on GPUs they may
-    differ."""
+    """Where a run was made; ended, if it was resumed. On CPUs digits agree where cpu, ONEDNN_MAX_CPU_ISA, threads and
+    torch do; on GPUs they may differ."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere what Python knows
     cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1609,6 +1609,21 @@ def test_damaged_checkpoints_are_never_used(undisturbed, cli, capsys):
     out = cli(*SMOKE)
     assert f"the checkpoint {CHECKPOINT} is damaged" in out and "going on" not in out
     assert result() == result(undisturbed) and ctl.load_checkpoint(CHECKPOINT)["step"] == 21
+    assert CHECKPOINT.with_suffix(".damaged").read_bytes() == whole[:-9]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(undisturbed, cli, monkeypatch):
+    shutil.copytree(undisturbed / "runs", "runs")
+    real = io.open
+
+    def stale(file, *given, **more):
+        if str(file).endswith(".pt"):
+            raise OSError(errno.ESTALE, "Stale file handle", str(file))
+        return real(file, *given, **more)
+    with monkeypatch.context() as m:
+        m.setattr(io, "open", stale)
+        cli(*SMOKE, status=1, words=f"Stale file handle: {CHECKPOINT}")
+    assert "going on from" in cli(*SMOKE) and result() == result(undisturbed)
 
 
 @pytest.mark.parametrize("kind", ["runs", "results"])
@@ -1750,7 +1765,7 @@ def test_standard_output_that_is_not_there(undisturbed, monkeypatch):
 BAD = """--tau 0.3 --loss simple|--tau 0.3 --loss triplet|--tau 1 --loss hard-simple|--match-step --loss simple|--k 5
 --k 5 --loss simple|--k 5 --loss triplet|--k 0 --loss hard|--k 1.5 --loss hard|--nonsense 1|--ta 0.3|-t 1|--alpha 0.1
 --report|--profile|--json|--gamma 0.5|--milestones 3|--milestones 2 1 --schedule step|--milestones 1.5|--batch-size 1
---size 20|--size 8|--size 1000000|--subset 5|--test-subset 9|--dataset|--device tpu9|--device hpu
+--size 20|--size 8|--size 72|--size 1000000|--subset 5|--test-subset 9|--dataset|--device tpu9|--device hpu
 --device cuda:99|--seed 99999999999999999999999|stray|--tau 1e-40|--probe-lr 1e40|--threads 99999999999|--momentum 1.1
 --force=yes|--preset paperr|--loss softmax|--dataset no/such/folder|--dataset ctl.py"""
 
