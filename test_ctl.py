@@ -1624,6 +1624,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(undisturbed, cli, m
         m.setattr(io, "open", stale)
         cli(*SMOKE, status=1, words=f"Stale file handle: {CHECKPOINT}")
     assert "going on from" in cli(*SMOKE) and result() == result(undisturbed)
+    assert not CHECKPOINT.with_suffix(".damaged").exists()
 
 
 @pytest.mark.parametrize("kind", ["runs", "results"])
