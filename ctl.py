@@ -3,7 +3,7 @@
 
     python ctl.py --tau 0.3         # one run on CIFAR-10: train, evaluate, put the result beside the paper's
     python ctl.py --preset quick    # the same in two minutes, on images made by code
-    python ctl.py --help            # every setting: its meaning, its value in each preset, its source
+    python ctl.py --help            # every setting with its source, and the presets
     bash reproduce.sh               # Table 1 on CIFAR and SVHN; then tables, verdicts and figures
 
 The contrastive loss pulls an image towards its own view and pushes it from all other images. It pushes the nearest
@@ -12,15 +12,17 @@ evenly over the sphere (uniformity), and images that are alike are torn apart. A
 images that are alike may stay together (tolerance), and the sphere is filled less evenly. No tau gives both. That is
 the uniformity-tolerance dilemma.
 
-Read from top to bottom. Rooms 1 to 3 are the paper's subject, 4 and 5 what it is measured on, 6 and 7 a run:
+Read from top to bottom. Rooms 1 to 3 are the paper's subject, 4 and 5 what it is measured on, 6 and 7 the experiment.
+You may stop before room 8: it keeps files and reads flags.
 
     1 Loss      Eqs. 1-9: the losses, their gradients in closed form
     2 Metrics   Eqs. 10 and 11, Fig. 8, kNN and the linear probe
     3 Memory    the bank of all N embeddings that an image is compared with
     4 Network   ResNet-18 for images of 32x32
-    5 Data      CIFAR, SVHN, a folder of images, or shapes made by code; the augmentation
-    6 Training  the settings, the step, the loop, the evaluation, the checkpoint
-    7 Record    what a run leaves, the paper's Table 1 beside it; the command line
+    5 Data      CIFAR, SVHN, a folder of images, or waves made by code; the augmentation
+    6 Training  the settings, the step, the loop, the step as one CUDA graph, the evaluation
+    7 Result    the paper's Table 1, and a run's result beside it
+    8 Files     the record, the checkpoint, the lock of a run; the command line
 
 Data goes one way: images -> views -> embeddings -> similarities with the bank -> loss; then the embeddings update the
 bank. Embeddings -> metrics -> record.
@@ -34,23 +36,21 @@ import dataclasses
 import functools
 import hashlib
 import http.client
+import inspect
 import io
 import json
 import math
-import numbers
 import os
 import platform
 import re
 import socket
 import sys
-import tempfile
 import time
-import urllib.error
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import filelock
 import torch
@@ -62,34 +62,27 @@ from torchvision import transforms
 from tqdm import tqdm
 
 
-class Stop(Exception):
-    """A run can't go on: one line that says why, and the exit status."""
-    status = 1  # the run failed
-
-
-class BadInput(Stop, ValueError):
-    status = 2  # wrong arguments or data, or a file of another config
-
-
-class Busy(Stop):
-    status = 3  # another process is at work on this run
+class BadInput(ValueError):
+    """Wrong arguments or data, or a file of another run."""
 
 
 class NotFinite(ValueError):
-    """A similarity, an embedding or a weight is NaN or infinite."""
+    """A similarity, an embedding, a loss or a weight is NaN or infinite."""
 
 
-def require(right: bool | Tensor, words: str, error: type[Exception] = ValueError) -> None:
-    if not right:
+def require(condition: bool | Tensor, words: str, error: type[Exception] = ValueError) -> None:
+    if not condition:
         raise error(words)
 
 
 def say(line: str) -> None:
-    try:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: nobody reads on, and the work goes on
-        sys.stdout = open(os.devnull, "w")
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def progress(steps: Iterable, what: str) -> Iterable:
+    """The same steps, with a bar on a terminal while they last."""
+    return tqdm(steps, what, leave=False, disable=None)
 
 
 # ── 1  LOSS ───────────────────────────────────────────────────────────────────────────── paper, section 3, Eqs. 1-9 ──
@@ -109,12 +102,11 @@ def say(line: str) -> None:
 def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
     """The contrastive loss of each anchor, Eq. 1; with k the hard contrastive loss, Eq. 9.
 
-    similarity: (B, N) floating point, s_ij in [-1, 1] (other finite values too, as far as |s|/tau fits the
-    dtype); float16 and bfloat16 are computed in float32.
-    positive: (B,) int64, the column of each anchor's own image. tau: the temperature, a number > 0 or a scalar tensor;
-    the loss is differentiable in it: dL/dtau = (s_ii - sum_k P_ik s_ik) / tau², over the columns kept.
-    k: keep only the k nearest negatives (all where there are fewer). Returns (B,), in [0, log N + 2/tau] for |s| <= 1.
-    Raises ValueError where an argument is wrong. Values are checked only on the CPU.
+    similarity: (B, N) floating point, s_ij in [-1, 1]; float16 and bfloat16 are computed in float32.
+    positive: (B,) int64, the column of each anchor's own image.
+    tau: the temperature, a number > 0 or a scalar tensor, in which the loss is differentiable too.
+    k: keep only the k nearest negatives (all where there are fewer).
+    Returns (B,), in [0, log N + 2/tau]. Raises ValueError; values are checked on the CPU only.
 
     >>> s = torch.tensor([[0.9, 0.5, -0.2]])
     >>> round(contrastive_loss(s, torch.tensor([0]), tau=0.1).item(), 6)  # log(1 + e^-4 + e^-11)
@@ -123,15 +115,15 @@ def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, 
     similarity, s_ii = check_similarity(similarity, positive, tau, k)
     if k is not None:
         similarity = torch.cat([s_ii, nearest_negatives(similarity, positive, k)[0]], dim=1)  # (B, 1 + k)
-    # Eq. 1: L = -log[ exp(s_ii/tau) / sum_k exp(s_ik/tau) ] = log sum_k exp((s_ik - s_ii)/tau)
-    # In place, as (B, N) may be large.
+    # Eq. 1: L = -log[ exp(s_ii/tau) / sum_j exp(s_ij/tau) ] = log sum_j exp((s_ij - s_ii)/tau)
+    # In place, as (B, N) may be large. logsumexp takes the largest out before exp, so that nothing overflows.
     return torch.logsumexp((similarity - s_ii).div_(tau), dim=1)
 
 
 def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> Tensor:
     """The simple loss of each anchor: Eq. 3, weighted as in Eq. 7; with k the hard simple loss.
 
-    Arguments and errors as in `contrastive_loss`. Returns (B,), in (-2, 2) for |s| <= 1; it can be negative.
+    Arguments and errors as in `contrastive_loss`. Returns (B,), in (-2, 2): it can be negative.
 
     >>> simple_loss(torch.tensor([[1.0, 0.5, -0.9]]), torch.tensor([0])).item()  # -2/3 · 1 + 1/3 · (0.5 - 0.9)
     -0.800000011920929
@@ -146,44 +138,48 @@ def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> T
 def triplet_loss(similarity: Tensor, positive: Tensor) -> Tensor:
     """The limit of tau · (contrastive loss) as tau -> 0: a triplet loss without margin, Eq. 6 times tau.
 
-    Arguments and errors as in `contrastive_loss`. Returns (B,), in [0, 2] for |s| <= 1: 0 where the positive is
-    nearest. Where several negatives are nearest they share the gradient.
+    Arguments and errors as in `contrastive_loss`. Returns (B,), in [0, 2]: 0 where the positive is nearest. Where
+    several negatives are nearest they share the gradient.
     """
     similarity, s_ii = check_similarity(similarity, positive)
     # Eq. 6 · tau: max(s_max - s_ii, 0); the positive's own column gives the 0
     return (similarity - s_ii).amax(dim=1)
 
 
+# The next two are to be read: training uses autograd, the tests compare. Fig. 3 is drawn with the second.
+
+
 def loss_gradient(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
     """The gradient of `contrastive_loss` with respect to the similarities, in closed form: Eq. 4.
 
     Arguments and errors as in `contrastive_loss`. Returns (B, N): in [0, 1/tau] at the negatives, in [-1/tau, 0] at
-    the positive, 0 at negatives that k drops. Each row sums to 0. For readers and tests; training uses autograd.
+    the positive, 0 at negatives that k drops. Each row sums to 0.
     """
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own, dropped = own_and_dropped(similarity, positive, k)
-    # Eq. 2: P_ij = exp(s_ij/tau) / sum_k exp(s_ik/tau), here at the negatives
+    # Eq. 2: P_ij = exp(s_ij/tau) / sum_j exp(s_ij/tau), here at the negatives
     P = torch.softmax(similarity.masked_fill(dropped, -torch.inf) / tau, dim=1).masked_fill(own, 0.0)
-    # Eq. 4: dL/ds_ij = P_ij / tau and dL/ds_ii = -(1/tau) sum_{k != i} P_ik, which is exact where P_ii - 1 would cancel
+    # Eq. 4: dL/ds_ij = P_ij/tau and dL/ds_ii = -(1/tau) sum_{j != i} P_ij, which is exact where P_ii - 1 would cancel
     return torch.where(own, -P.sum(dim=1, keepdim=True), P) / tau
 
 
 def relative_penalty(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
     """How the push on an anchor is shared among its negatives, Eq. 5 (Eq. 8 with k): a Boltzmann distribution.
 
-    Arguments and errors as in `contrastive_loss`. Returns (B, N), in [0, 1], each row summing to 1 (to 0 where there
-    is no negative, N = 1); 0 at the positive, which the penalty does not depend on, and at negatives that k drops.
+    Arguments and errors as in `contrastive_loss`. Returns (B, N), in [0, 1], each row summing to 1 (to 0 for N = 1):
+    0 at the positive, which the penalty does not depend on, and at negatives that k drops.
     """
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own, dropped = own_and_dropped(similarity, positive, k)
-    # Eq. 5: r_i(s_ij) = exp(s_ij/tau) / sum_{k != i} exp(s_ik/tau)
+    # Eq. 5: r_i(s_ij) = exp(s_ij/tau) / sum_{j != i} exp(s_ij/tau)
     return torch.softmax(similarity.masked_fill(own | dropped, -torch.inf) / tau, dim=1).masked_fill(own, 0.0)
 
 
 def nearest_negatives(similarity: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest negatives of each anchor, those with s_ij >= s_alpha of Eq. 8: similarities and columns,
     both (B, min(k, N - 1)), in no order; ties at place k as `topk` breaks them."""
-    others = similarity.scatter(1, positive[:, None], -torch.inf)  # the positive is never among them
+    # The positive is never among them. (The authors' code takes the nearest of all: normally the positive is one.)
+    others = similarity.scatter(1, positive[:, None], -torch.inf)
     return others.topk(min(k, similarity.shape[1] - 1), dim=1, sorted=False)
 
 
@@ -195,33 +191,26 @@ def own_and_dropped(similarity: Tensor, positive: Tensor, k: int | None) -> tupl
     return own, ~own.scatter(1, nearest_negatives(similarity, positive, k)[1], True)
 
 
-def check_similarity(similarity, positive, tau=1.0, k=None) -> tuple[Tensor, Tensor]:
-    """Raise ValueError where an argument of the losses is wrong; return similarity, and s_ii as a column (B, 1)."""
-    require(torch.is_tensor(similarity) and similarity.is_floating_point() and similarity.ndim == 2,
-            "similarity must be (B, N) floating point")
-    B, N = similarity.shape
-    require(torch.is_tensor(positive) and positive.dtype == torch.int64 and positive.shape == (B,) and N > 0,
-            f"positive must be an int64 tensor of shape ({B},), columns of {N}")
-    require(tau.ndim == 0 if torch.is_tensor(tau) else isinstance(tau, numbers.Real),
-            "tau must be a number, or a tensor of no dimensions")
-    require(k is None or isinstance(k, numbers.Integral) and k >= 1, "k must be a whole number, at least 1")
+def check_similarity(similarity: Tensor, positive: Tensor, tau=1.0, k=None) -> tuple[Tensor, Tensor]:
+    """Raise ValueError where a wrong argument would pass unseen; return similarity, and s_ii as a column (B, 1)."""
+    require(similarity.is_floating_point(), "similarity must be (B, N) floating point")
+    require(positive.shape == similarity.shape[:1], f"positive must be of shape ({len(similarity)},)")
+    require(k is None or k >= 1, "k must be at least 1")
     if similarity.dtype in (torch.half, torch.bfloat16):
         similarity = similarity.float()
     # Reading values would make a GPU wait, and break a graph that is being compiled.
     if similarity.device.type == "cpu" and not torch.compiler.is_compiling():
-        value = float(tau.detach() if torch.is_tensor(tau) else tau)
-        require(torch.finfo(similarity.dtype).tiny <= value < math.inf,
-                f"tau must be finite and above 0 (also in {similarity.dtype}), not {value}")
-        require(B == 0 or 0 <= positive.min() <= positive.max() < N, f"positive must lie in 0..{N - 1}")
+        least = torch.finfo(similarity.dtype).tiny
+        require(tau is not True and least <= tau < math.inf, f"tau must be finite and above 0, not {tau}")
         require(similarity.isfinite().all(), "similarity holds NaN or infinity", NotFinite)
     return similarity, similarity.gather(1, positive[:, None])
 
 
 # ── 2  METRICS ─────────────────────────────────────────────────────── paper, sections 4 and 5.1, Eqs. 10-11, Fig. 8 ──
 #
-# z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees. Labels: int64, from 0.
-# Nothing is subsampled: functions over all pairs work on ROWS rows at a time. Each function raises ValueError where an
-# argument does not fit, and gives the same number in any context of a caller (autocast, inference mode).
+# z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees. Labels: (n,) int64.
+# Nothing is subsampled: functions over all pairs work on ROWS rows at a time. Each function raises ValueError for
+# vectors or labels that do not fit, and gives the same number in a caller's autocast or inference mode.
 
 ROWS = 256  # rows of a block
 
@@ -230,32 +219,29 @@ ROWS = 256  # rows of a block
 def uniformity(z: Tensor, t: float = 2.0) -> float:
     """How evenly embeddings fill the sphere: -L_uniformity of Eq. 10, over the pairs i < j.
 
-    z: (n, dim) unit vectors. Returns a value in [0, 4t]: 0 if all are equal, larger = more uniform (3.94 for many
-    vectors spread evenly over the sphere in 128 dimensions, at t = 2); nan for fewer than two vectors, inf where every
-    term underflows (a huge t).
+    z: (n, dim) unit vectors, two or more. Returns a value in [0, 4t]: 0 if all are equal, larger = more uniform (3.94
+    for many vectors spread evenly over the sphere in 128 dimensions, at t = 2).
     """
     check_vectors(z=z)
     n, total = len(z), 0.0
-    if n < 2:
-        return math.nan
     for i in range(0, n, ROWS):
-        s = products(z[i:i + ROWS], z[i:])  # (b, n - i)
+        s = inner_products(z[i:i + ROWS], z[i:])  # (b, n - i)
         # |z_i - z_j|² = 2 - 2 s_ij for unit vectors, so exp(-t |z_i - z_j|²) = exp(2t (s_ij - 1))
         terms = s.sub_(1).mul_(2 * t).exp_()
         # The first b columns are these rows themselves: there each pair stands twice, and each vector beside itself.
         total += terms[:, len(s):].sum(dtype=torch.float64).item()
         total += terms[:, :len(s)].triu(1).sum(dtype=torch.float64).item()
     # Eq. 10: L_uniformity = log E exp(-t |f(x) - f(y)|²)
-    return -math.log(total / (n * (n - 1) / 2)) if total else math.inf
+    return -math.log(total / (n * (n - 1) / 2))
 
 
 @torch.no_grad()
 def tolerance(z: Tensor, labels: Tensor) -> float:
-    """Mean similarity of two samples of the same class: Eq. 11 as the paper's text and table mean it, over pairs i < j.
+    """Mean similarity of two samples of one class: Eq. 11 as the paper's text and table mean it, over pairs i < j.
 
-    z: (n, dim) unit vectors; labels: (n,). Returns a value in [-1, 1]; nan where no class has two samples. (Eq. 11 as
-    printed averages over *all* pairs, 0 where classes differ: with 100 classes that could not exceed 0.01, and Table 1
-    has 0.39.)
+    z: (n, dim) unit vectors; labels: (n,). Returns a value in [-1, 1]; nan where no class has two samples. (Eq. 11
+    as printed averages over *all* pairs, 0 where classes differ: with 100 classes that could not exceed 0.01, and
+    Table 1 has 0.39.)
     """
     check_vectors(z=z)
     check_labels(labels=(labels, z))
@@ -282,19 +268,19 @@ def alignment(z1: Tensor, z2: Tensor) -> float:
 def similarity_profile(z: Tensor, z2: Tensor, positive: Tensor, top: int = 10) -> Tensor:
     """Mean similarity of the positive, then of the nearest, second nearest, … negative: a panel of Fig. 8.
 
-    z: (n, dim) unit vectors, the anchors. z2: (m, dim) unit vectors to compare with (other views, or a bank's rows),
-    row `positive[i]` being anchor i's own. Returns (1 + top,) float64 on the CPU, in [-1, 1]; nan where there are
-    fewer negatives than that.
+    z: (n, dim) unit vectors, the anchors. z2: (m, dim) unit vectors to compare with (other views, or a bank's
+    rows), row `positive[i]` being anchor i's own. Returns (1 + top,) float64 on the CPU, in [-1, 1]; nan where there
+    are fewer negatives than that.
     """
     check_vectors(z=z, z2=z2)
-    require(torch.is_tensor(positive) and positive.shape == z.shape[:1], f"positive must be of shape ({len(z)},)")
-    kept = min(top, len(z2) - 1)
-    total = torch.zeros(1 + kept, dtype=torch.float64)
-    for rows, own in zip(z.split(ROWS), positive.split(ROWS)):
-        s, s_ii = check_similarity(products(rows, z2), own)  # (b, m), (b, 1)
-        negatives = nearest_negatives(s, own, kept)[0].sort(dim=1, descending=True).values  # (b, kept)
+    require(positive.shape == z.shape[:1] and top >= 0, f"positive must be of shape ({len(z)},), top at least 0")
+    found = min(top, len(z2) - 1)
+    total = torch.zeros(1 + found, dtype=torch.float64)
+    for anchors, own in zip(z.split(ROWS), positive.split(ROWS)):
+        s, s_ii = check_similarity(inner_products(anchors, z2), own)  # (b, m), (b, 1)
+        negatives = nearest_negatives(s, own, found)[0].sort(dim=1, descending=True).values  # (b, found)
         total += torch.cat([s_ii, negatives], dim=1).sum(dim=0, dtype=torch.float64).cpu()
-    return F.pad(total / len(z), (0, top - kept), value=math.nan)
+    return F.pad(total / len(z), (0, top - found), value=math.nan)
 
 
 @torch.no_grad()
@@ -302,92 +288,92 @@ def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tenso
                  k: int = 200, temperature: float = 0.07) -> float:
     """Percent of test images whose k nearest training images vote for their class, with weights exp(s/temperature).
 
-    train_z, test_z: (n, dim), (m, dim) unit vectors; train_y, test_y: (n,), (m,). All n vote where n < k. The protocol
-    is the authors' (Wu et al., CVPR 2018).
+    train_z, test_z: (n, dim), (m, dim) unit vectors; train_y, test_y: (n,), (m,). All n vote where n < k. The
+    protocol is the authors' (Wu et al., CVPR 2018).
     """
     check_vectors(train_z=train_z, test_z=test_z)
     check_labels(train_y=(train_y, train_z), test_y=(test_y, test_z))
-    require(isinstance(k, numbers.Integral) and k >= 1 and temperature > 0, "k must be at least 1, temperature above 0")
-    classes, right = 1 + max(train_y.max().item(), test_y.max().item()), 0
+    require(k >= 1 and temperature > 0, "k must be at least 1, temperature above 0")
+    train_y, test_y, classes = number_classes(train_y, test_y)
+    correct = 0
     for z, y in zip(test_z.split(ROWS), test_y.split(ROWS)):
-        s, neighbour = products(z, train_z).topk(min(k, len(train_z)), dim=1)  # (b, k), the nearest first
+        s, neighbour = inner_products(z, train_z).topk(min(k, len(train_z)), dim=1)  # (b, k), the nearest first
         # All of a row's weights are divided by the largest: none overflows, and the nearest never vanishes.
         weight = torch.exp((s - s[:, :1]) / temperature)
         votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], weight)  # (b, classes)
-        right += (votes.argmax(dim=1) == y).sum().item()
-    return 100 * right / len(test_y)
+        correct += (votes.argmax(dim=1) == y).sum().item()
+    return 100 * correct / len(test_y)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, epochs: int = 100, lr: float = 30.0,
-                 momentum: float = 0.9, milestones: tuple[int, ...] = (40, 60, 80), gamma: float = 0.2,
-                 batch_size: int = 256, seed: int = 0) -> float:
+@torch.inference_mode(False)  # in a caller's inference mode nothing would learn
+@torch.enable_grad()
+def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, epochs: int = 100,
+                 lr: float = 30.0, momentum: float = 0.9, milestones: tuple[int, ...] = (40, 60, 80),
+                 gamma: float = 0.2, batch_size: int = 256, seed: int = 0) -> float:
     """Percent of test images that a linear classifier on frozen features gets right, after its last epoch.
 
-    train_h: (n, d) features, or (V, n, d) for V views of each image, of which each epoch picks one at random (an
-    image and its mirror image: then this is training with random flips). test_h: (m, d). SGD without weight decay,
-    lr · gamma at the milestones (paper, section 5.1; batch, momentum and flips from the authors' code, which reports
-    its best epoch on the test set: this reports the last). Raises NotFinite where it diverges.
+    train_h: (n, d) features, or (V, n, d) for V views of each image, of which each epoch picks one at random (with
+    an image and its mirror image this is training with random flips). test_h: (m, d). SGD without weight decay,
+    lr · gamma at the milestones (paper, section 5.1; batch, momentum and flips from the authors' code, which
+    reports its best epoch on the test set: this reports the last). Raises NotFinite where it diverges.
     """
-    V, rows = 1, train_h
-    if torch.is_tensor(train_h) and train_h.ndim == 3:
-        V, rows = len(train_h), train_h.flatten(0, 1)  # (V·n, d)
-    check_vectors(unit=False, train_h=rows, test_h=test_h)
-    n, d = len(rows) // V, rows.shape[1]
-    check_labels(train_y=(train_y, rows[:n]), test_y=(test_y, test_h))
-    rows, classes = rows.detach(), 1 + int(max(train_y.max(), test_y.max()))
+    views = train_h.detach() if train_h.ndim == 3 else train_h.detach()[None]  # (V, n, d)
+    check_vectors(unit=False, train_h=views.flatten(0, 1), test_h=test_h)
+    check_labels(train_y=(train_y, views[0]), test_y=(test_y, test_h))
+    require(batch_size >= 1, "batch_size must be at least 1")
+    train_y, test_y, classes = number_classes(train_y, test_y)
+    n_views, n, d = views.shape
     # The problem is convex: 0 is as good a start as any, and needs no draw.
-    weight, bias = rows.new_zeros(classes, d, requires_grad=True), rows.new_zeros(classes, requires_grad=True)
+    weight, bias = views.new_zeros(classes, d, requires_grad=True), views.new_zeros(classes, requires_grad=True)
     optimiser = torch.optim.SGD([weight, bias], lr=lr, momentum=momentum)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones), gamma)
-    draws = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), autocast(rows.device):
-        for _ in range(epochs):
-            order = torch.randperm(n, generator=draws)
-            view = torch.randint(V, (n,), generator=draws)
-            images = torch.stack([order, view * n + order]).to(rows.device)  # and the rows of `rows` that show them
-            for image, row in images.split(batch_size, dim=1):
+    rng = torch.Generator().manual_seed(seed)
+    with matmul_precision(views.device):
+        for _ in progress(range(epochs), "linear probe"):
+            image = torch.randperm(n, generator=rng).to(views.device)
+            view = torch.randint(n_views, (n,), generator=rng).to(views.device)
+            for v, i in zip(view.split(batch_size), image.split(batch_size)):
                 optimiser.zero_grad()
-                F.cross_entropy(F.linear(rows[row], weight, bias), train_y[image]).backward()
+                F.cross_entropy(F.linear(views[v, i], weight, bias), train_y[i]).backward()
                 optimiser.step()
             schedule.step()
-    require(weight.isfinite().all() and bias.isfinite().all(), "the linear probe's weights", NotFinite)
-    with autocast(rows.device):
-        return 100 * (F.linear(test_h, weight, bias).argmax(dim=1) == test_y).double().mean().item()
+        predicted = F.linear(test_h, weight.detach(), bias.detach()).argmax(dim=1)
+    require(weight.isfinite().all() and bias.isfinite().all(), "the linear probe", NotFinite)
+    return 100 * (predicted == test_y).double().mean().item()
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """The inner products of two sets of vectors, in their own precision: (n, dim), (m, dim) -> (n, m)."""
-    with autocast(a.device):
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """(n, dim), (m, dim) -> (n, m), in the precision of the vectors."""
+    with matmul_precision(a.device):
         return a @ b.T
 
 
-def autocast(device: torch.device, bfloat16: bool = False):
+def matmul_precision(device: torch.device, bfloat16: bool = False):
     """A context in which matrix products and convolutions run in bfloat16, or else in their tensors' own dtype."""
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
+def number_classes(train_y: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Both sets of labels numbered 0, 1, 2, …, as labels may lie far apart; and the number of classes."""
+    classes, number = torch.cat([train_y, test_y]).unique(return_inverse=True)
+    return number[:len(train_y)], number[len(train_y):], len(classes)
+
+
 def check_vectors(unit: bool = True, **sets: Tensor) -> None:
-    """Raise ValueError unless all sets hold vectors (n, dim), of one dim and precision, finite and, if so, unit."""
+    """Raise ValueError unless all sets hold vectors (n, dim) that are finite and, if so, unit."""
     for name, z in sets.items():
-        require(torch.is_tensor(z) and z.ndim == 2 and z.dtype in (torch.float32, torch.float64),
-                f"{name} must be (n, dim) float32 or float64")
+        require(z.ndim == 2 and z.dtype in (torch.float32, torch.float64), f"{name} must be (n, dim) float32 or 64")
         require(z.isfinite().all(), f"{name} must be finite, but holds NaN or infinity", NotFinite)
         require(not unit or ((torch.linalg.vector_norm(z, dim=1) - 1).abs() < 1e-3).all(),
                 f"{name} must hold unit vectors: divide each row by its length first")
-    require(len({(z.shape[1], z.dtype) for z in sets.values()}) < 2,
-            f"{' and '.join(sets)} must have one dim and one precision")
 
 
 def check_labels(**pairs: tuple[Tensor, Tensor]) -> None:
-    """Raise ValueError unless labels hold a class from 0 for each of the rows, one at least. name=(labels, rows)."""
+    """Raise ValueError unless there is a label for each of the rows, one at least. name=(labels, rows)."""
     for name, (labels, rows) in pairs.items():
-        require(torch.is_tensor(labels) and labels.dtype == torch.int64 and labels.shape == rows.shape[:1],
-                f"{name} must be an int64 tensor of shape ({len(rows)},)")
-        require(len(labels) > 0 and labels.min() >= 0, f"{name} must hold classes from 0, one at least")
+        require(labels.shape == rows.shape[:1] and len(rows) > 0, f"{name} must be a label for each of the rows")
 
 
 # ── 3  MEMORY BANK ────────────────────────────────────────────────────────────────────────────── paper, section 5.1 ──
@@ -396,35 +382,33 @@ def check_labels(**pairs: tuple[Tensor, Tensor]) -> None:
 class MemoryBank:
     """g(x_j) of every training image j: a moving average of its embeddings, a unit row each, (N, dim).
 
-    size: N. momentum: the share of the old row that stays, in [0, 1] (0.5 in the authors' code). init: "random", rows
-    drawn evenly from the sphere with `generator`, or the embeddings (N, dim) to begin with. Raises ValueError.
+    size: N. momentum: the share of the old row that stays, in [0, 1] (0.5 in the authors' code). init: "random",
+    rows drawn evenly from the sphere with `generator`, or the embeddings (N, dim) to begin with. Raises ValueError.
     """
 
     def __init__(self, size: int, dim: int = 128, momentum: float = 0.5, init: str | Tensor = "random",
                  generator: torch.Generator | None = None, device: torch.device | str = "cpu"):
-        require(isinstance(momentum, numbers.Real) and 0 <= momentum <= 1, "momentum must lie in [0, 1]")
+        require(0 <= momentum <= 1, "momentum must lie in [0, 1]")
         if isinstance(init, str) and init == "random":
             init = torch.randn(size, dim, generator=generator, dtype=torch.float32)
         require(torch.is_tensor(init) and init.shape == (size, dim),
                 f'init must be "random" or a tensor of shape ({size}, {dim})')
         with torch.inference_mode(False):  # a bank made inside a caller's inference mode must learn outside it
             self.rows = F.normalize(init.detach().float(), dim=1).to(device)
-        require(((self.rows.norm(dim=1) - 1).abs() < 1e-3).all(), "init must hold finite rows, none of them all zeros")
+        require(((self.rows.norm(dim=1) - 1).abs() < 1e-3).all(), "init must hold finite rows, none all zeros")
         self.momentum = momentum
 
     def similarity(self, z: Tensor) -> Tensor:
         """s_ij = f(x_i)·g(x_j). z: (B, dim). Returns (B, N), float32 whatever the network's precision."""
-        require(z.ndim == 2 and z.shape[1] == self.rows.shape[1], f"z must be (B, {self.rows.shape[1]})")
-        return products(z.float(), self.rows)
+        return inner_products(z.float(), self.rows)
 
     @torch.no_grad()
     def update(self, index: Tensor, z: Tensor) -> None:
-        """Move the rows `index` (B,) towards the embeddings z (B, dim) of the same images, and back to the sphere."""
+        """Move the rows `index` (B,) towards the embeddings z (B, dim) of these images, and back to the sphere."""
         old = self.rows[index]
         require(z.shape == old.shape, f"z must be {tuple(old.shape)}, an embedding for each index")
         mixed = self.momentum * old + (1 - self.momentum) * z.float()
-        opposite = (mixed == 0).all(dim=1, keepdim=True)  # nothing to normalise: such a row stays
-        self.rows[index] = F.normalize(torch.where(opposite, old, mixed), dim=1)
+        self.rows[index] = F.normalize(mixed, dim=1)
 
 
 # ── 4  NETWORK ────────────────────────────────────────────────────────────────────────────────── paper, section 5.1 ──
@@ -442,7 +426,7 @@ class Block(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != out:
-            # Every second pixel, then a convolution of stride 1: but for rounding a 1x1 convolution of stride 2, whose
+            # Every second pixel, then a convolution of stride 1: the same as a 1x1 convolution of stride 2, whose
             # weight gradient corrupts memory on CPUs where channels are few (uxlfoundation/oneDNN#6035).
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), nn.Conv2d(channels, out, 1, bias=False),
                                           nn.BatchNorm2d(out))
@@ -461,8 +445,9 @@ class ResNet18(nn.Module):
 
     def __init__(self, width: int = 64, dim: int = 128, bfloat16: bool = False):
         super().__init__()
-        stages = [(width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 8 * width, 2)]
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        stem = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        stages = (width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 8 * width, 2)
+        self.stem = nn.Sequential(*stem)
         self.stages = nn.Sequential(*(nn.Sequential(Block(i, o, s), Block(o, o, 1)) for i, o, s in stages))
         self.head = nn.Linear(8 * width, dim)
         self.in_bfloat16 = bfloat16
@@ -474,12 +459,12 @@ class ResNet18(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """h, (B, 8·width) float32: the pooled features that the linear probe sees."""
-        with autocast(x.device, self.in_bfloat16):
+        with matmul_precision(x.device, self.in_bfloat16):
             return self.stages(self.stem(x)).mean(dim=(2, 3)).float()
 
     def project(self, h: Tensor) -> Tensor:
         """(B, dim) float32: the embedding before it is normalised."""
-        with autocast(h.device, self.in_bfloat16):
+        with matmul_precision(h.device, self.in_bfloat16):
             return self.head(h).float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -514,102 +499,106 @@ DOWNLOADS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.da
 
 
 def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Data:
-    """The dataset of that name, downloaded into `root` unless it is there; or, for any other name, a folder of images.
+    """The dataset of that name, downloaded into `root` unless it is there; or else a folder of images.
 
-    Raises BadInput for data that is missing, broken or out of reach; Stop for a download that broke off.
+    Raises BadInput for data that is missing, broken or out of reach.
     """
     if dataset in DOWNLOADS:
         require(size == 32, f"{dataset} has images of 32x32: give --size 32", BadInput)
         return load_download(dataset, Path(root).expanduser())
-    require(dataset != "shapes" or size <= 64, "shapes are made up to 64x64: give a smaller --size", BadInput)
-    return load_shapes(size) if dataset == "shapes" else load_folder(dataset, size)
+    return load_waves(size) if dataset == "waves" else load_folder(dataset, size)
 
 
 def load_download(name: str, root: Path) -> Data:
-    """CIFAR-10, CIFAR-100 or SVHN through torchvision, which checks the MD5 sums. Files already in `root` are used."""
-    def read(download: bool) -> Data:
-        tensors = []
-        for part in ("train", "test"):
-            which = {"split": part} if name == "svhn" else {"train": part == "train"}
-            data = DOWNLOADS[name](root, download=download, **which)
-            images = torch.as_tensor(data.data)  # CIFAR: (n, 32, 32, 3); SVHN: (n, 3, 32, 32)
-            tensors.append((images if name == "svhn" else images.permute(0, 3, 1, 2)).contiguous())
-            tensors.append(torch.as_tensor(data.labels if name == "svhn" else data.targets))
-        return Data(name, *tensors)
-
-    with contextlib.suppress(RuntimeError):  # already downloaded, perhaps into a folder that can only be read
-        return read(download=False)
-    make_folder(root)
-    say(f"downloading {name} into {root}")
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
+    """CIFAR-10, CIFAR-100 or SVHN through torchvision, which checks the MD5 sums."""
+    tensors, timeout = [], socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torchvision sets none, and would wait for ever
     try:
-        with filelock.FileLock(root / ".download.lock"):  # several runs may start at once
-            return read(download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        # One process downloads, the others wait; any user may take the lock. A read-only folder needs none.
+        lock = filelock.FileLock(root / ".download.lock", mode=0o666)
+        with lock if os.access(root, os.W_OK) else contextlib.nullcontext():
+            for part in ("train", "test"):
+                which = {"split": part} if name == "svhn" else {"train": part == "train"}
+                files = DOWNLOADS[name](root, download=True, **which)
+                images = torch.as_tensor(files.data)  # CIFAR: (n, 32, 32, 3); SVHN: (n, 3, 32, 32)
+                tensors.append((images if name == "svhn" else images.permute(0, 3, 1, 2)).contiguous())
+                tensors.append(torch.as_tensor(files.labels if name == "svhn" else files.targets))
     except (OSError, http.client.HTTPException, RuntimeError) as error:
-        raise (BadInput if isinstance(error, urllib.error.URLError) else Stop)(
-            f"cannot download {name} ({error}): run the command again, or put its files into {root} (--data), or name "
-            "a folder of images (--dataset), or images made by code (--dataset shapes)")
+        broken = root / getattr(DOWNLOADS[name], "base_folder", "*_32x32.mat")
+        raise BadInput(f"cannot load {name} ({error}): run the command again; if that does not help, remove {broken} "
+                       f"or put the files into {root} (--data); or give a --dataset that is a folder, or waves")
     finally:
         socket.setdefaulttimeout(timeout)
+    return Data(name, *tensors)
+
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """The images in root/<class>/, at any depth, without what is hidden."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        return names, {name: label for label, name in enumerate(names)}
 
 
 def load_folder(folder: str | Path, size: int = 32) -> Data:
-    """A folder with train/<class>/* and test/<class>/*: images of any size, upright (EXIF), the shorter side resized to
-    `size` (antialiased), the middle square cut out. Classes are numbered as sorted by name, as `train` has them. What
-    is hidden is left out, and so are links to folders inside a class. Raises BadInput."""
+    """A folder with train/<class>/* and test/<class>/*: images of any size, upright (EXIF), the shorter side resized
+    to `size` (antialiased), the middle square cut out. Classes are numbered as sorted by name. Raises BadInput."""
+    folder = Path(folder).expanduser().resolve()
     square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
-    folder, tensors, left_out = Path(folder).expanduser(), [], []
-    train, test = files_by_class(folder / "train"), files_by_class(folder / "test")
-    require(len(train) > 1, f"{folder / 'train'} has one class alone: at least two are needed", BadInput)
-    for part, classes in (("train", train), ("test", test)):
-        images, labels = [], []
-        for name, files in classes.items():
-            kept = [path for path in files if path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
-            require(kept, f"{folder / part / name} holds no image", BadInput)
-            require(name in train, f"{folder / part / name}: {folder / 'train'} has no class of that name", BadInput)
-            left_out += sorted(set(files) - set(kept))
-            images += [square(read_image(path)) for path in kept]
-            labels += [list(train).index(name)] * len(kept)
-        tensors += [torch.stack(images), torch.tensor(labels)]
-    if left_out:
-        say(f"{len(left_out)} files are left out, as their endings are no image's: {left_out[0]} …")
-    name = re.sub(r"[^\w .-]", "_", folder.resolve().name)[:80] or "images"  # it stands in tables and file names
-    # A folder that is named like a dataset must not stand where the dataset's own records stand.
-    return Data(name + "-folder" * (name in (*DOWNLOADS, "shapes")), *tensors)
+
+    def wanted(path: str) -> bool:
+        hidden = "/." in Path(path).as_posix().removeprefix(folder.as_posix())
+        return not hidden and path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+    try:
+        train, test = (ImageFolder(folder / part, square, loader=read_image, is_valid_file=wanted)
+                       for part in ("train", "test"))
+    except (OSError, ValueError) as error:  # no folder, no class, no image
+        raise BadInput(f"{error}: a dataset is {', '.join(DOWNLOADS)}, waves, or a folder with train/<class>/* and "
+                       "test/<class>/*")
+    require(set(test.classes) <= set(train.classes), f"{test.root} has classes that {train.root} lacks", BadInput)
+    require(len(train.classes) > 1, f"{train.root} has one class alone: at least two are needed", BadInput)
+    tensors = []
+    for part in (train, test):
+        images, labels = zip(*progress(part, f"reading {part.root}"))
+        tensors += [torch.stack(images), torch.tensor([train.class_to_idx[part.classes[y]] for y in labels])]
+    # The name stands in tables and file names, where it must not pass for that of a dataset.
+    name = re.sub(r"[^\w .-]", "_", folder.name)[:80] or "images"
+    return Data(name + "-folder" * (name in (*DOWNLOADS, "waves")), *tensors)
 
 
-def files_by_class(folder: Path) -> dict[str, list[Path]]:
-    """What the folder of each class holds, at any depth."""
-    classes = {}
-    for path in sorted(path for path in folder.glob("[!.]*") if path.is_dir()):
-        # Such a link would give images the wrong class.
-        require(not folder.resolve().is_relative_to(path.resolve()), f"{path} links to a folder above it", BadInput)
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        classes[path.name] = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}"]
-    require(classes, f"no class in {folder}: a dataset is {', '.join(DOWNLOADS)}, shapes, or a folder with "
-            "train/<class>/* and test/<class>/*", BadInput)
-    return classes
-
-
-def read_image(path: Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             require(image.mode[0] not in "IF", "it has more than 8 bits a channel")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow raises many kinds on a broken file
-        raise BadInput(f"cannot read the image {path} ({str(error) or type(error).__name__}): mend or remove it")
+        raise BadInput(f"cannot read the image {path} ({error!r}): mend or remove it")
+
+
+def rank_in_class(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) each: 0 for the first image of its class, 1 for the second, …; and how many images its class has."""
+    _, label, count = labels.unique(return_inverse=True, return_counts=True)
+    by_class = label.argsort(stable=True)
+    first = count.cumsum(0) - count  # where each class begins in `by_class`
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - first[label[by_class]]
+    return rank, count[label]
 
 
 def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
-    """A random order of the images. Every prefix is balanced over the classes, to within one image, until a class runs
-    out."""
+    """A random order of the images. Every prefix has as many of each class, to within one, until a class runs out."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    one_hot = F.one_hot(labels[shuffled])  # (n, classes)
-    rank = one_hot.cumsum(0)[torch.arange(len(labels)), labels[shuffled]]  # 1 for the first of a class, 2, …
+    rank, _ = rank_in_class(labels[shuffled])
     return shuffled[rank.argsort(stable=True)]
+
+
+def hold_out(labels: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """The images to keep, and a random fifth of each class to hold out: one at least, but none of a class of one."""
+    order = balanced_order(labels, seed)
+    rank, count = rank_in_class(labels[order])
+    held_out = (count > 1) & (rank < (count // 5).clamp(min=1))
+    return order[~held_out], order[held_out]
 
 
 # The augmentation has two parts: what is drawn (on the CPU, so that all devices draw alike), and what is done with it
@@ -641,7 +630,7 @@ def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, fl
     """Draw what to do to `count` images of size x size, by the paper's settings and torchvision's distribution.
 
     RandomResizedCrop(size, scale=(0.2, 1)), ColorJitter(0.4, 0.4, 0.4, 0.4), horizontal flip, RandomGrayscale(0.2).
-    A crop that does not fit is drawn again, up to ten times in all, then the whole image is taken, as torchvision does.
+    A crop that does not fit is drawn again, ten times at most, then the whole image is taken, as torchvision does.
     """
     def rand(*shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=generator, dtype=torch.float32)
@@ -667,31 +656,31 @@ def augment(images: Tensor, drawn: Augmentation) -> Tensor:
     images: uint8 (B, 3, s, s). Returns float32 (B, 3, s, s) in [0, 1]. Equal to torchvision's transforms on float
     images; its PIL pipeline rounds to 256 levels after every step. Raises ValueError for images that are not uint8.
     """
-    check_images(images)
-    if images.device.type == "cpu" and len(images) > 64:  # on a CPU, parts that stay in its cache are faster
-        parts = range(0, len(images), 64)
-        return torch.cat([augment(images[i:i + 64], drawn[i:i + 64]) for i in parts])
+    require(images.dtype == torch.uint8, "images must be uint8, 0 to 255")
+    if images.device.type != "cpu":
+        return augment_at_once(images, drawn)
+    parts = range(0, len(images), 64)  # on a CPU, parts that stay in its cache are faster
+    return torch.cat([augment_at_once(images[i:i + 64], drawn[i:i + 64]) for i in parts])
+
+
+def augment_at_once(images: Tensor, drawn: Augmentation) -> Tensor:
     size = images.shape[-1]
     top, left, height, width = drawn.crop.float().unbind(dim=1)
     rows, columns = resize_weights(top, height, size), resize_weights(left, width, size)
     columns = torch.where(drawn.flip[:, None, None], columns.flip(1), columns)
-    with autocast(images.device):
+    with matmul_precision(images.device):
         x = rows[:, None] @ (images.float() / 255)  # (B, 3, size, size)
         # One product an image: its channels share `columns`.
         x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, (3, size))
-    # The hue step is expensive and runs once. Blends that the drawn order has before it come first, the others after.
-    hue_place = (drawn.order == HUE).int().argmax(dim=1)
+    # Each image has its own order of the four colour operations, say contrast, hue, brightness, saturation. Hue is
+    # expensive and done once for all: after the blends that come before it (contrast), before those that come after.
+    hue_place = (drawn.order == HUE).int().argmax(dim=1)  # (B,)
     for place in range(3):
         x = blend(x, drawn, place, place < hue_place)
     x = shift_hue(x, drawn.factor[:, HUE])
     for place in range(1, 4):
         x = blend(x, drawn, place, place > hue_place)
     return torch.where(drawn.grey[:, None, None, None], grey_of(x), x)
-
-
-def check_images(images: Tensor) -> None:
-    require(torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3,
-            "images must be uint8 (B, 3, s, s), 0 to 255")
 
 
 def resize_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
@@ -727,12 +716,12 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(value == g, (b - r).div_(c).add_(2), (r - g).div_(c).add_(4))
     hue = torch.where(value == r, (g - b).div_(c), hue)
     hue += 6 * shift[:, None, None]  # in sixths of the circle
-    # HSV to RGB: channel n is V - C · max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6, and n = 5, 3, 1 for red,
-    # green, blue: each falls from V to V - C and rises again, a third of the circle after the one before.
-    corner = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=torch.float32)[:, None, None]
-    k = corner + hue[:, None]  # (B, 3, s, s)
-    k -= (k / 6).floor_().mul_(6)  # k modulo 6, at a third of what % costs
-    share = torch.minimum(k, 4 - k).clamp_(0, 1)
+    # HSV to RGB: a channel is V - C · max(0, min(a, 4 - a, 1)) with a = (hue + 5) mod 6 for red, 3 for green, 1 for
+    # blue: each falls from V to V - C and rises again, a third of the circle after the one before.
+    corner = torch.arange(5.0, 0.0, -2.0, device=x.device, dtype=torch.float32)[:, None, None]  # 5, 3, 1
+    angle = corner + hue[:, None]  # (B, 3, s, s)
+    angle -= (angle / 6).floor_().mul_(6)  # modulo 6, at a third of what % costs
+    share = torch.minimum(angle, 4 - angle).clamp_(0, 1)
     return share.mul_(chroma[:, None]).neg_().add_(value[:, None])
 
 
@@ -741,79 +730,44 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, by
 
 def normalise(x: Tensor) -> Tensor:
     """Views as the network wants them: the authors' mean and standard deviation, channels last."""
-    mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (MEAN, STD))
+    # Made where x is: a GPU would wait for a copy from the host, and no graph can hold one.
+    mean, std = (torch.cat([x.new_full((1, 1, 1), value) for value in values]) for values in (MEAN, STD))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-# The images of `quick`, for who has no dataset. Skip them on a first reading.
+def load_waves(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
+    """Ten classes of pattern, made by code, for who has no dataset: one to five waves that cross, soft or hard-edged.
+    A crop still shows which. All else is nuisance: place, scale, rotation, colours, contrast and noise."""
+    n, rng = train + test, torch.Generator().manual_seed(0)
 
-SHAPES = {  # about how far the point (u, v), r from the centre, lies inside the shape's edge; below 0 outside
-    "disk": lambda u, v, r: 0.85 - r,
-    "ring": lambda u, v, r: 0.17 - (r - 0.8).abs(),
-    "crescent": lambda u, v, r: torch.minimum(1 - r, torch.hypot(u - 0.5, v) - 0.8),
-    "square": lambda u, v, r: 0.75 - torch.maximum(u.abs(), v.abs()),
-    "frame": lambda u, v, r: 0.15 - (torch.maximum(u.abs(), v.abs()) - 0.7).abs(),
-    "triangle": lambda u, v, r: 0.5 - torch.stack(
-        [u * math.cos(a) + v * math.sin(a) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]).amax(0),
-    "star": lambda u, v, r: 0.4 + 0.7 * (
-        (torch.atan2(v, u) % (2 * math.pi / 5) - math.pi / 5).abs() / (math.pi / 5)) - r,  # the fold is 1 at a tip
-    "cross": lambda u, v, r: torch.maximum(
-        torch.minimum(1 - u.abs(), 0.27 - v.abs()), torch.minimum(1 - v.abs(), 0.27 - u.abs())),
-    "bar": lambda u, v, r: torch.minimum(1 - u.abs(), 0.3 - v.abs()),
-    "dots": lambda u, v, r: 0.38 - torch.hypot(u.abs() - 0.62, v),
-}
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=rng, dtype=torch.float64)
 
-
-def load_shapes(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
-    """Ten classes of shape, made by code, always the same, up to a pixel that another kind of CPU rounds differently.
-
-    An image is tiled with one shape, light and dark pieces in turn, so that a crop of it still shows which, and
-    neither colour nor mean brightness tells. All else is nuisance: position, size, rotation, the colours, a texture
-    behind, from coarse to fine, and noise.
-    """
-    n, draws = train + test, torch.Generator().manual_seed(0)
-    rand, randn = (functools.partial(draw, dtype=torch.float32) for draw in (torch.rand, torch.randn))
-
-    def uniform(low: float, high: float, channels: int = 1) -> Tensor:
-        return low + (high - low) * rand(n, channels, 1, 1, generator=draws)
-
-    def loguniform(low: float, high: float) -> Tensor:
-        return uniform(math.log(low), math.log(high)).exp()
-
-    labels = torch.arange(n) % len(SHAPES)
-    axis = (torch.arange(size, dtype=torch.float32) + 0.5) / size * 2 - 1  # pixel centres, in [-1, 1]
+    labels = torch.arange(n) % 10
+    waves, hard = (1 + labels // 2).double()[:, None, None], (labels % 2 == 1)[:, None, None]
+    axis = torch.linspace(-1, 1, size, dtype=torch.float64)
     y, x = axis[:, None], axis[None, :]
-    # The pattern's frame: moved, turned and scaled so that a shape fills about the unit disk, and a piece is 2.4 wide.
-    angle, radius = uniform(0, 2 * math.pi), loguniform(0.25, 0.65)
-    dx, dy = (x - uniform(-1, 1)) / radius, (y - uniform(-1, 1)) / radius
-    u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()  # (n, 1, size, size)
-    light = 1 - 2 * (((u / 2.4).floor() + (v / 2.4).floor()) % 2)  # 1 and -1, as on a chessboard
-    u, v = u % 2.4 - 1.2, v % 2.4 - 1.2
-    inside = torch.empty(n, 1, size, size, dtype=torch.float32)
-    for label, depth in enumerate(SHAPES.values()):
-        rows = labels == label
-        inside[rows] = depth(u[rows], v[rows], torch.hypot(u[rows], v[rows]))
-    mask = (0.5 + inside * radius * size / 2).clamp(0, 1)  # edges one pixel wide
-    saturation = uniform(0, 0.6)
-    behind = uniform(0.4, 0.6) + saturation * uniform(-0.5, 0.5, 3)  # (n, 3, 1, 1)
-    front = behind + uniform(0.35, 0.45) * light + saturation * uniform(-0.5, 0.5, 3)
-    for cells in (2, 4, 8, 16):
-        texture = rand(n, 3, cells + 1, cells + 1, generator=draws) * 2 - 1
-        texture = torch.lerp(texture.mean(dim=1, keepdim=True), texture, uniform(0, 1))  # from grey to coloured
-        texture = F.interpolate(texture, size=(size, size), mode="bilinear", align_corners=True)
-        behind = behind + loguniform(0.02, 0.25) * texture
-    images = torch.lerp(behind, front, mask)
-    images = images + 0.02 * randn(images.shape, generator=draws)
+    angle, frequency = uniform(0, 2 * math.pi, 1, 1), uniform(5, 14, 1, 1)
+    # In double precision, so that no kind of CPU rounds a pixel to another level.
+    pattern = torch.zeros(n, size, size, dtype=torch.float64)
+    for wave in range(5):
+        turn = angle + math.pi * wave / waves
+        phase = frequency * (x * turn.cos() + y * turn.sin()) + uniform(0, 2 * math.pi, 1, 1)
+        pattern += phase.cos() * (wave < waves) / waves.sqrt()
+    pattern = torch.where(hard, pattern.sign(), pattern)[:, None]  # (n, 1, size, size)
+    colour = uniform(0.3, 0.7, 3, 1, 1)
+    contrast = uniform(0.15, 0.3, 1, 1, 1) + uniform(-0.1, 0.1, 3, 1, 1)
+    images = colour + contrast * pattern + uniform(-0.05, 0.05, 3, size, size)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Data("shapes", images[:train], labels[:train], images[train:], labels[train:])
+    return Data("waves", images[:train], labels[:train], images[train:], labels[train:])
 
 
 # ── 6  TRAINING ───────────────────────────────────────────────────────────────────────────────── paper, section 5.1 ──
 
 PROTOCOL_VERSION = 1  # goes up when the same settings would give other results, but for rounding
 
-
-LOSSES = {  # each loss, and the settings that it takes; a new one needs a row here, a new setting a field of Config
+# Each loss, and the settings that it needs. A new loss is a row here; a new setting is a field of Config as well.
+LOSSES = {
     "contrastive": (contrastive_loss, ("tau",)),
     "hard": (contrastive_loss, ("tau", "k")),
     "simple": (simple_loss, ()),
@@ -822,117 +776,113 @@ LOSSES = {  # each loss, and the settings that it takes; a new one needs a row h
 }
 
 
-def setting(default, words: str, source: str = "", low=None, high=None, choices=None, kind=None, study: bool = True):
-    """A field of Config. low, high: its range, both ends included. kind: its type. study: the result depends on it, and
-    the record holds it."""
-    kind = kind or type(default)
-    high = {int: 2 ** 31 - 1, float: 1e30}.get(kind) if high is None else high
-    return dataclasses.field(default=default, metadata=dict(
-        words=words, source=source, low=low, high=high, choices=choices, kind=kind, study=study))
-
-
 @dataclass
 class Config:
-    """The settings of one run; the defaults are the paper's protocol (`make_config` fills in a preset). Raises BadInput
-    for a setting that is wrong, and for one that its loss would ignore."""
-    loss: str = setting("contrastive", "which loss", "paper, Eqs. 1, 3, 6, 9", choices=tuple(LOSSES))
-    tau: float | None = setting(None, "temperature (contrastive, hard); None: 0.3", "paper, 5", 1e-30, kind=float)
-    dataset: str = setting("cifar10", "cifar10, cifar100, svhn, shapes (made by code), or a folder with\n"
-                           "train/<class>/* and test/<class>/*", "paper, 5.1")
-    preset: str = setting("paper", "fills what is left open; not given: paper on a CUDA GPU, else mini", "our choice",
-                          choices=("paper", "narrow", "mini", "quick", "smoke"))
-    seed: int = setting(0, "every random draw follows from it", "paper: one run each", 0)
-    epochs: int = setting(200, "passes over the training images", "paper, 5.1", 1)
-    batch_size: int = setting(128, "images of a step; the last step of an epoch may have fewer", "paper, 5.1", 2)
-    size: int = setting(32, "height and width of the images, a multiple of 8", "paper, 5.1", 16, 1024)
-    width: int = setting(64, "channels of the first stage of ResNet-18", "paper, 5.1", 1, 4096)
-    dim: int = setting(128, "dimensions of the embedding", "paper, 5.1", 1)
-    lr: float = setting(0.03, "learning rate", "paper, 5.1; mini: by accuracy_heldout", 1e-30)
-    momentum: float = setting(0.9, "of SGD", "paper, 5.1", 0, 1)
-    weight_decay: float = setting(5e-4, "of SGD, on all parameters", "paper, 5.1", 0)
-    schedule: str = setting("step", "of the learning rate: times gamma at the milestones, or cosine to 0", "paper, 5.1",
-                            choices=("step", "cosine"))
-    milestones: tuple = setting((160, 190), "epochs at which it falls (step schedule), whatever --epochs is",
-                                "paper, 5.1", 1, kind=int)
-    gamma: float = setting(0.1, "factor at each milestone (step schedule)", "paper, 5.1", 0)
-    warmup: float = setting(0.0, "epochs over which the learning rate rises from 0", "our choice", 0)
-    bank_momentum: float = setting(0.5, "share of a bank row that an update keeps", "authors' code", 0, 1)
-    bank_init: str = setting("random", "start of the bank; embeddings: of one view of each image (see centre_head)",
-                             "random: authors' code; embeddings: our choice", choices=("random", "embeddings"))
-    k: int | None = setting(None, "nearest negatives of the hard losses; None: 4095", "paper, 5.2", 1, kind=int)
-    subset: int | None = setting(None, "train on at most that many images, of each class as many",
-                                 "our choice", 10, kind=int)
-    test_subset: int | None = setting(None, "test on at most that many images, likewise", "our choice", 10, kind=int)
-    flip: bool = setting(True, "horizontal flips in pretraining (evaluation has them always)", "paper, not its code")
-    match_step: bool = setting(False, "multiply the loss by tau, so that the step does not grow as 1/tau", "our choice")
-    precision: str = setting("auto", "of the network (similarities and loss: float32). auto: bfloat16 on a GPU that\n"
-                             "has it, else float32 (where a GPU's convolutions may take TF32)", "our choice",
-                             choices=("auto", "float32", "bfloat16"))
-    probe_lr: float = setting(30.0, "learning rate of the linear probe; 0.3 suits the few features of small widths",
-                              "paper, 5.1; mini: on training images that it does not use", 1e-30)
-    eval_every: int = setting(10, "epochs between two looks at kNN, uniformity, tolerance; 0: none", "our choice", 0)
-    device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, …", study=False)
-    threads: int | None = setting(None, "of the CPU; None: as PyTorch chooses", "", 1, 1024, kind=int, study=False)
-    data: str = setting("data", "folder where downloads are or go", study=False)
-    results: str = setting("results", "folder for the record", study=False)
-    runs: str = setting("runs", "folder for the checkpoint", study=False)
-    force: bool = setting(False, "begin again: delete the run's checkpoint and record first", study=False)
+    """The settings of one run; the defaults are the paper's protocol, `make_config` fills in a preset.
+
+    In brackets: where a value comes from. Raises BadInput for a setting that is wrong, or that would be ignored.
+    """
+    loss: Literal["contrastive", "hard", "simple", "hard-simple", "triplet"] = "contrastive"  # [Eqs. 1, 3, 6, 9]
+    tau: float | None = None  # temperature of contrastive and hard; None: 0.3 [paper, 5]
+    dataset: str = "cifar10"  # or cifar100, svhn, waves (made by code), a folder with train/<class>/*, test/<class>/*
+    preset: Literal["paper", "narrow", "mini", "quick", "smoke"] = "paper"  # fills what is left open [our choice]
+    seed: int = 0  # every random draw follows from it [paper: one run each]
+    epochs: int = 200  # passes over the training images [paper, 5.1]
+    batch_size: int = 128  # images of a step; the last step of an epoch may have fewer [paper, 5.1]
+    size: int = 32  # height and width of the images, a multiple of 8 [paper, 5.1]
+    width: int = 64  # channels of the first stage of ResNet-18 [paper, 5.1]
+    dim: int = 128  # dimensions of the embedding [paper, 5.1]
+    lr: float = 0.03  # learning rate [paper, 5.1; mini: by accuracy_heldout]
+    momentum: float = 0.9  # of SGD [paper, 5.1]
+    weight_decay: float = 5e-4  # of SGD, on all parameters [paper, 5.1]
+    schedule: Literal["step", "cosine"] = "step"  # the rate falls by gamma at the milestones, or as a cosine to 0
+    milestones: tuple[int, ...] = (160, 190)  # in epochs, whatever `epochs` is; step schedule [paper, 5.1]
+    gamma: float = 0.1  # factor at each milestone; step schedule [paper, 5.1]
+    warmup: float = 0.0  # epochs over which the learning rate rises from 0 [our choice]
+    bank_momentum: float = 0.5  # share of a bank row that an update keeps [authors' code]
+    bank_init: Literal["random", "embeddings"] = "random"  # [authors' code]; embeddings: see centre_head [our choice]
+    k: int | None = None  # nearest negatives of the hard losses; None: the preset's, see NEGATIVES [paper, 5.2]
+    subset: int | None = None  # train on at most that many images, of each class as many [our choice]
+    test_subset: int | None = None  # test on at most that many images, likewise [our choice]
+    flip: bool = True  # horizontal flips in pretraining; evaluation has them always [paper, not its code]
+    match_step: bool = False  # multiply the loss by tau, so that the step does not grow as 1/tau [our choice]
+    # Of the network; similarities and loss are float32. auto: bfloat16 on a GPU that has it, else float32 [our choice]
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    probe_lr: float = 30.0  # of the linear probe [paper, 5.1]; 0.3 suits small widths [by images it does not train on]
+    eval_every: int = 10  # epochs between two looks at kNN, uniformity, tolerance; 0: none [our choice]
+    # Where it runs; no part of the record.
+    device: str = "auto"  # cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps, ...
+    threads: int | None = None  # of the CPU; None: as PyTorch chooses
+    data: str = "data"  # folder where downloads are or go
+    out: str = "runs"  # folder of the table: <out>/<preset>/<dataset>/ holds record and checkpoint
+    graph: bool = True  # on a CUDA GPU, launch a step as one graph
+    force: bool = False  # begin again: delete the run's checkpoint and record first
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, tuple):
-                setattr(self, field.name, tuple(check_setting(field.name, one, **field.metadata) for one in value))
-            elif value is not None or field.default is not None:
-                setattr(self, field.name, check_setting(field.name, value, **field.metadata))
-        require(list(self.milestones) == sorted(set(self.milestones)), "milestones must rise", BadInput)
-        require(self.size % 8 == 0, f"size must be a multiple of 8, not {self.size}", BadInput)
-        for name, usual in (("tau", 0.3), ("k", 4095)):
-            value, takes = getattr(self, name), name in LOSSES[self.loss][1]
-            # What the loss would ignore is refused.
-            require(takes or value is None, f"the {self.loss} loss has no {name}: leave it out", BadInput)
-            setattr(self, name, usual if takes and value is None else value)
+        for name, hint in get_type_hints(Config).items():
+            setattr(self, name, check_setting(name, getattr(self, name), hint))
+        _, needs = LOSSES[self.loss]
+        for name, usual in (("tau", 0.3), ("k", NEGATIVES[self.preset])):
+            value = getattr(self, name)
+            require(name in needs or value is None, f"the {self.loss} loss has no {name}: leave it out", BadInput)
+            setattr(self, name, usual if name in needs and value is None else value)
+        for name in needs:
+            require(getattr(self, name) is not None, f"the {self.loss} loss needs {name}, which has no value", BadInput)
         require(self.tau or not self.match_step, f"the {self.loss} loss has no tau: leave out match_step", BadInput)
-        for name in ("results", "runs"):
-            setattr(self, name, os.path.expanduser(getattr(self, name)))
+        require(max(self.momentum, self.bank_momentum) <= 1, "momentum, bank_momentum must be at most 1", BadInput)
+        require(self.size % 8 == 0 and self.size > 8, "size must be a multiple of 8, 16 or more", BadInput)
+        require(list(self.milestones) == sorted(set(self.milestones)), "milestones must rise", BadInput)
+        ignored = self.schedule == "cosine" and (self.milestones, self.gamma) != (Config.milestones, Config.gamma)
+        require(not ignored, "milestones and gamma are of schedule step: leave them out with cosine", BadInput)
 
-    def study(self) -> dict:
+    def recorded(self) -> dict:
         """The settings that the result depends on: what the record holds."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["study"]}
+        return {name: value for name, value in vars(self).items()
+                if name not in ("device", "threads", "data", "out", "graph", "force")}
 
 
-def check_setting(name: str, value, kind, low, high, choices, **_):
-    """The value, whole numbers turned to float where that is its kind. Raises BadInput where it is wrong."""
-    value = float(value) if kind is float and type(value) is int else value
-    require(type(value) is kind and value != "", f"{name} must be a {kind.__name__}, not {value!r}", BadInput)
-    require(not choices or value in choices, f"{name} must be one of {choices}, not {value!r}", BadInput)
-    require(low is None or low <= value <= high, f"{name} must lie in {low} … {high}, not {value!r}", BadInput)
+MAY_BE_0 = ("seed", "momentum", "weight_decay", "gamma", "warmup", "bank_momentum", "eval_every")
+
+
+def check_setting(name: str, value, hint):
+    """The value, a whole number as float where the hint says so. Raises BadInput where it does not fit the hint."""
+    kinds = get_args(hint) or (hint,)
+    if get_origin(hint) is tuple:
+        return tuple(check_setting(name, one, kinds[0]) for one in value)
+    if get_origin(hint) is Literal:
+        require(value in kinds, f"{name} must be one of {', '.join(kinds)}, not {value!r}", BadInput)
+    elif value is not None or type(None) not in kinds:
+        value = float(value) if kinds[0] is float and type(value) is int else value
+        require(type(value) is kinds[0] and value != "", f"{name} must be {kinds[0].__name__}, not {value!r}", BadInput)
+        if kinds[0] in (int, float):
+            in_range = 1e-30 <= value < 2 ** 31 or value == 0 and name in MAY_BE_0
+            least = "at least" if name in MAY_BE_0 else "above"
+            require(in_range, f"{name} must be {least} 0 and below 2^31, not {value}", BadInput)
     return value
 
 
-SMALL = dict(width=16, lr=0.1, schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3)
-MINI = dict(SMALL, epochs=60, batch_size=64, k=409, subset=5000)
 PRESETS = {
     "paper": {},  # section 5.1; for a GPU
-    "narrow": dict(SMALL, epochs=40),  # all images, a narrow network: two to three hours on a core
-    "mini": MINI,  # a tenth of the images: a quarter of an hour on a core
-    # A demonstration on shapes, two minutes a run; and seconds, for tests.
-    "quick": dict(MINI, dataset="shapes", size=24, width=8, subset=500, test_subset=1000, batch_size=16, epochs=160,
-                  lr=0.01, k=200, eval_every=0),
-    "smoke": dict(MINI, dataset="shapes", epochs=3, batch_size=16, width=4, dim=16, lr=0.03, warmup=1.0, k=8,
-                  subset=100, test_subset=100, eval_every=2),
+    # All images, a narrow network: two to three hours on a core.
+    "narrow": dict(width=16, epochs=40, lr=0.1, schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3),
+    # A tenth of the images: a quarter of an hour on a core.
+    "mini": dict(width=16, epochs=60, lr=0.1, schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3,
+                 batch_size=64, subset=5000),
+    # A demonstration without data: two minutes on a core.
+    "quick": dict(width=8, epochs=160, lr=0.01, schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3,
+                  batch_size=16, subset=500, test_subset=1000, dataset="waves", size=24, eval_every=0),
+    # Seconds; for tests.
+    "smoke": dict(width=4, dim=16, epochs=3, lr=0.03, schedule="cosine", warmup=1.0, bank_init="embeddings",
+                  probe_lr=0.3, batch_size=16, subset=100, test_subset=100, dataset="waves", eval_every=2),
 }
+NEGATIVES = {"paper": 4095, "narrow": 4095, "mini": 409, "quick": 200, "smoke": 8}  # k, where the loss has one
 
 
-def make_config(preset: str = "paper", **given) -> Config:
-    """The preset's settings, but for those given; its k is dropped for a loss without k. Raises BadInput."""
-    require(preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not {preset!r}", BadInput)
-    filled = {**PRESETS[preset], **given}
-    if "k" not in given and "k" not in LOSSES.get(filled.get("loss"), LOSSES["contrastive"])[1]:
-        filled.pop("k", None)
-    if filled.get("schedule") == "cosine" and given.keys() & {"milestones", "gamma"}:
-        raise BadInput("the cosine schedule has no milestones and no gamma: leave them out, or give schedule step")
-    return Config(**filled, preset=preset)
+def make_config(preset: str | None = None, **given) -> Config:
+    """The preset's settings, but for those given. No preset: paper where the device is a CUDA GPU, else mini."""
+    if preset is None:
+        preset = "paper" if pick_device(given.get("device", "auto")).type == "cuda" else "mini"
+    return Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
 
 
 def learning_rate(config: Config, at: float) -> float:
@@ -944,131 +894,74 @@ def learning_rate(config: Config, at: float) -> float:
 
 
 def generator(*key) -> torch.Generator:
-    """Random numbers that depend on the key alone (seed, purpose, epoch, step): a run resumes exactly at any step."""
+    """Random numbers that depend on the key alone (seed, purpose, epoch, step): a run resumes exactly."""
+    return torch.Generator().manual_seed(seed_from(*key))
+
+
+def seed_from(*key) -> int:
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
-@dataclass
-class Run:
-    """The state of a run, as a checkpoint holds it."""
-    model: ResNet18
-    optimiser: torch.optim.SGD
-    bank: MemoryBank
-    losses: Tensor  # (steps of an epoch,) of the running epoch, on the device: a look at them would make a GPU wait
-    untrained: dict  # the metrics before training
-    step: int = 0  # steps done, of all epochs
-    history: list[dict] = dataclasses.field(default_factory=list)  # an entry an epoch
-    seconds: float = 0.0  # spent so far
-    evaluation: float = 0.0  # seconds that an evaluation took
-
-    def finite(self) -> bool:
-        values = (*self.model.state_dict().values(), self.bank.rows, self.losses)
-        return all(value.isfinite().all() for value in values)
-
-
-def train(config: Config) -> dict:
-    """Train, evaluate, write the record and return it (paper, section 5.1). A finished record of the same config is
-    returned as it is; an unfinished run goes on from its checkpoint. Sets PyTorch's threads and CUDA device for the
-    whole process. Raises Stop or one of its kinds (BadInput, Busy)."""
-    device = pick_device(config.device)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    data = take_subset(load_dataset(config.dataset, config.data, config.size), config)
-    config = dataclasses.replace(config, dataset=data.name)  # a folder's own name: no path in the record
-    cell = cell_path(config, data.name)
-    record_path, checkpoint = Path(config.results, f"{cell}.json"), Path(config.runs, f"{cell}.pt")
-    identity = {"protocol_version": PROTOCOL_VERSION, "config": plain(config.study()), "data": data.sha256()}
-    make_folder(record_path.parent)
-    make_folder(checkpoint.parent)
-    with lock(checkpoint.with_suffix(".lock")):
-        if config.force:
-            checkpoint.unlink(missing_ok=True)
-            record_path.unlink(missing_ok=True)
-        if record_path.exists():
-            record = read_record(record_path)
-            refuse_other(record_path, record, identity)
-            say(f"{record_path} is there already (--force runs it again)")
-        else:
-            try:
-                data = data.to(device)
-                run = start(config, data, device, checkpoint, identity)
-                fit(run, config, data, checkpoint, identity)
-                began = time.perf_counter()
-                say(f"trained; evaluating, about {duration(run.evaluation)}")
-                final = {**evaluate(run.model, data, config), "untrained": run.untrained}
-            except NotFinite as error:
-                raise Stop(f"not finite: {error}; nothing is recorded (a good checkpoint from before, if there is one, "
-                           f"stays in {checkpoint}); try a lower --lr (--probe-lr for the probe) or a larger --tau")
-            record = plain({
-                **identity, "final": final, "history": run.history,
-                "environment": environment(device, run.model.in_bfloat16),
-                "data": {"sha256": identity["data"], "train": len(data.train_labels), "test": len(data.test_labels)},
-                "timing": {"seconds": run.seconds + time.perf_counter() - began}})
-            record["sha256"] = record_sha256(record)
-            write_whole(record_path, (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
-        show(record, record_path)
-        return record
+def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[ResNet18, dict]:
+    """Train as in section 5.1, from the checkpoint or else from the start. Returns the network, and of its training
+    the metrics before it, an entry for each epoch and the seconds. Raises NotFinite."""
+    images, device = data.train_images, data.train_images.device
+    model, optimiser, bank, run = start(config, data, checkpoint, identity)
+    done, spent = len(run["history"]), run["seconds"]
+    graphed = GraphedStep(device) if in_graph(config, device) else None
+    step = graphed or train_step
+    began = last_save = time.perf_counter()
+    for epoch in range(done, config.epochs):
+        permutation = torch.randperm(len(images), generator=generator(config.seed, "order", epoch))
+        batches = permutation.to(device).split(config.batch_size)
+        losses = torch.zeros(len(batches), device=device)  # a look at them would make a GPU wait
+        for batch, index in enumerate(progress(batches, f"epoch {epoch + 1}")):
+            rate = learning_rate(config, epoch + batch / len(batches))
+            for group in optimiser.param_groups:
+                group["lr"] = graphed.rate.fill_(rate) if graphed else rate
+            rng = generator(config.seed, "views", epoch, batch)
+            drawn = draw_augmentation(len(index), rng, config.size, config.flip)
+            losses[batch] = step(model, bank, optimiser, images, index, drawn, config)
+            if graphed and graphed.graph and graphed.taken == graphed.WARM_UP + 50:
+                say(graphed.forecast((config.epochs - epoch) * len(batches) - batch - 1))
+        for value in (losses, bank.rows, *model.state_dict().values()):
+            require(value.isfinite().all(), f"the loss, the weights or the bank in epoch {epoch + 1}", NotFinite)
+        run["history"].append(summary(epoch, losses, model, data, config))
+        elapsed = time.perf_counter() - began
+        run["seconds"] = spent + elapsed
+        if epoch + 1 == config.epochs or time.perf_counter() - last_save > CHECKPOINT_SECONDS:
+            save_checkpoint(checkpoint, {**identity, "run": run, "model": model.state_dict(), "bank": bank.rows,
+                                         "optimiser": optimiser.state_dict()})
+            last_save = time.perf_counter()
+        pace = elapsed / (epoch + 1 - done)  # seconds an epoch, since this process began
+        line = "  ".join(f"{key} {value:.5g}" for key, value in run["history"][-1].items())
+        say(f"{line}  {len(images) / pace:.0f} images/s  {(config.epochs - epoch - 1) * pace / 60:.0f} min left")
+    return model, run
 
 
-def start(config: Config, data: Data, device: torch.device, checkpoint: Path, identity: dict) -> Run:
-    """The run as its checkpoint left it; else as its seed draws it, with the untrained network's metrics."""
-    N, began = len(data.train_images), time.perf_counter()
-    say(f"{cell_prefix(config.loss, config.tau)}, {data.name} ({N:,} training images), preset {config.preset}, seed "
+def start(config: Config, data: Data, checkpoint: Path, identity: dict):
+    """Network, optimiser, bank and run as the checkpoint left them; else as the seed draws them."""
+    images, began = data.train_images, time.perf_counter()
+    N, device = len(images), images.device
+    say(f"{loss_name(config.loss, config.tau)}, {data.name} ({N:,} training images), preset {config.preset}, seed "
         f"{config.seed}: {config.epochs} epochs on {device}, threads: {torch.get_num_threads()}")
     model, optimiser = make_model(config, device)
-    saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
-    if checkpoint.exists() and not saved:  # kept, as too little memory may look like damage
-        checkpoint.replace(checkpoint.with_suffix(".damaged"))
-    if saved:
-        refuse_other(checkpoint, saved, identity)
+    if checkpoint.exists():
+        saved = load_checkpoint(checkpoint)
+        check_same_run(checkpoint, saved, identity)
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         bank = MemoryBank(N, config.dim, config.bank_momentum, saved["bank"], device=device)
         bank.rows = saved["bank"].to(device)  # to the bit: normalising again could move the last digit
-        say(f"going on from {checkpoint}: {saved['step']} steps done")
-        kept = ("untrained", "step", "history", "seconds", "evaluation")
-        return Run(model, optimiser, bank, saved["losses"].to(device), **{key: saved[key] for key in kept})
-    init = centre_head(model, data.train_images, config) if config.bank_init == "embeddings" else "random"
+        run = saved["run"]
+        say(f"going on from {checkpoint}: {len(run['history'])} of {config.epochs} epochs done")
+        return model, optimiser, bank, run
+    init = centre_head(model, images, config) if config.bank_init == "embeddings" else "random"
     bank = MemoryBank(N, config.dim, config.bank_momentum, init, generator(config.seed, "bank"), device)
     say("evaluating the untrained network")
     untrained = evaluate(model, data, config)
-    seconds = time.perf_counter() - began
-    # One tensor for an epoch's losses: thousands of small ones would fragment the memory.
-    losses = torch.zeros(math.ceil(N / config.batch_size), device=device)
-    return Run(model, optimiser, bank, losses, untrained, seconds=seconds, evaluation=seconds)
-
-
-CHECKPOINT_SECONDS = 60.0  # between two checkpoints: so much work may be lost when the process ends
-
-
-def fit(run: Run, config: Config, data: Data, checkpoint: Path, identity: dict) -> None:
-    """The training loop: one flat pass over the steps that are not done yet."""
-    N, steps = len(data.train_images), len(run.losses)  # steps of an epoch
-    first, last, spent = run.step, config.epochs * steps, run.seconds
-    began = saved = time.perf_counter()
-    with tqdm(total=last, initial=first, leave=False, disable=None, unit="step") as bar:
-        for step in range(first, last):
-            epoch, batch = divmod(step, steps)
-            if step == first or batch == 0:
-                order = torch.randperm(N, generator=generator(config.seed, "order", epoch))
-                order = order.to(data.train_images.device).split(config.batch_size)
-            for group in run.optimiser.param_groups:
-                group["lr"] = learning_rate(config, epoch + batch / steps)
-            draws = generator(config.seed, "views", epoch, batch)
-            drawn = draw_augmentation(len(order[batch]), draws, config.size, config.flip)
-            run.losses[batch] = train_step(run.model, run.bank, run.optimiser, data.train_images, order[batch], drawn,
-                                           config)
-            run.step += 1
-            bar.update()
-            if batch == steps - 1:
-                line = end_epoch(run, config, data)
-                pace = (time.perf_counter() - began) / (run.step - first)  # seconds a step, since the process began
-                left = duration((last - run.step) * pace + run.evaluation)
-                say(f"epoch {epoch + 1:4}/{config.epochs}{line}  {N / steps / pace:5.0f} images/s  {left} left")
-            run.seconds = spent + time.perf_counter() - began
-            if run.step == last or time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(checkpoint, run, identity)
-                saved = time.perf_counter()
+    return model, optimiser, bank, {"untrained": untrained, "history": [], "seconds": time.perf_counter() - began}
 
 
 def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor, index: Tensor,
@@ -1088,23 +981,68 @@ def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimi
 
 def training_loss(config: Config, similarity: Tensor, positive: Tensor) -> Tensor:
     """The loss that the config names, (B,)."""
-    function, takes = LOSSES[config.loss]
-    loss = function(similarity, positive, **{name: getattr(config, name) for name in takes})
+    function, needs = LOSSES[config.loss]
+    loss = function(similarity, positive, **{name: getattr(config, name) for name in needs})
     return config.tau * loss if config.match_step else loss
 
 
-def end_epoch(run: Run, config: Config, data: Data) -> str:
-    """Turn the epoch's losses into an entry of the history, and a line for the log. Raises NotFinite."""
-    epoch = len(run.history) + 1
-    require(run.finite(), f"the loss, the weights or the bank in epoch {epoch}", NotFinite)
-    mean = run.losses.cpu().double().mean().item()
-    entry = {"epoch": epoch, "loss": mean, "lr": learning_rate(config, epoch - 1)}  # the rate at the epoch's start
-    if config.eval_every and epoch % config.eval_every == 0 and epoch < config.epochs:
-        _, train_z = embed(run.model, data.train_images)
-        _, test_z = embed(run.model, data.test_images)
-        entry |= compare(train_z, data.train_labels, test_z, data.test_labels)  # nothing is chosen by it
-    run.history.append(entry)
-    return "".join(f"  {key} {value:.5g}" for key, value in entry.items() if key != "epoch")
+class GraphedStep:
+    """`train_step` on a CUDA GPU, launched as one graph: one by one its kernels take longer to launch than to run.
+
+    A graph repeats kernels on the addresses and with the numbers that they were captured with. So what changes from
+    step to step is copied to where the graph reads it: the batch's indices, what was drawn, and `rate`, the learning
+    rate, which the optimiser must hold as this tensor. Weights, momenta, statistics, bank and images are tensors that
+    stay where they are. The first steps run as they are (they make the momenta, and libraries choose their kernels),
+    and so do those of fewer images.
+    """
+    WARM_UP = 3  # steps before the capture
+
+    def __init__(self, device: torch.device):
+        self.rate = torch.zeros((), dtype=torch.float32, device=device)  # of the type that the fused kernel reads
+        self.stream = torch.cuda.Stream(device)  # one for all steps: a capture must not be on the default stream
+        self.taken, self.graph = 0, None
+
+    def __call__(self, model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor,
+                 index: Tensor, drawn: Augmentation, config: Config) -> Tensor:
+        """Arguments and value of `train_step`; the value is overwritten by the next step."""
+        outer = torch.cuda.current_stream(images.device)
+        self.stream.wait_stream(outer)
+        with torch.cuda.stream(self.stream):
+            if self.taken < self.WARM_UP or len(index) < config.batch_size:
+                loss = train_step(model, bank, optimiser, images, index, drawn, config)
+            else:
+                if self.graph is None:
+                    self.capture(model, bank, optimiser, images, index, drawn, config)
+                self.index.copy_(index)
+                for held, new in zip(vars(self.drawn).values(), vars(drawn).values()):
+                    held.copy_(new, non_blocking=True)
+                self.graph.replay()
+                loss = self.loss
+        outer.wait_stream(self.stream)
+        self.taken += 1
+        return loss
+
+    def capture(self, model, bank, optimiser, images, index, drawn, config) -> None:
+        """Note the kernels of a step down; none runs."""
+        self.index, self.drawn, self.graph = index.clone(), drawn.to(images.device), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.loss = train_step(model, bank, optimiser, images, self.index, self.drawn, config)
+        except RuntimeError as error:
+            hint = "" if "memory" in str(error) else ": --no-graph launches a step kernel by kernel"
+            raise RuntimeError(f"cannot capture a step as one graph ({error}){hint}")
+        self.began = time.perf_counter()
+
+    def forecast(self, left: int) -> str:
+        """What the steps that are left will take, by those since the capture."""
+        torch.cuda.synchronize()
+        seconds = left * (time.perf_counter() - self.began) / (self.taken - self.WARM_UP)
+        gib = torch.cuda.max_memory_reserved() / 2 ** 30
+        return f"a step is one graph: {left} steps are left, {seconds / 60:.1f} min, {gib:.1f} GiB of the GPU"
+
+
+def in_graph(config: Config, device: torch.device) -> bool:
+    return config.graph and device.type == "cuda"
 
 
 def in_bfloat16(config: Config, device: torch.device) -> bool:
@@ -1115,7 +1053,7 @@ def in_bfloat16(config: Config, device: torch.device) -> bool:
 def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.optim.SGD]:
     """The network as its seed draws it, the same on every device, and its optimiser."""
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that all devices start alike
-        torch.default_generator.manual_seed(generator(config.seed, "network").initial_seed())
+        torch.default_generator.manual_seed(seed_from(config.seed, "network"))
         model = ResNet18(config.width, config.dim, in_bfloat16(config, device))
     model = model.to(device, memory_format=torch.channels_last)
     return model, torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum,
@@ -1126,9 +1064,8 @@ def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.op
 def centre_head(model: ResNet18, images: Tensor, config: Config) -> Tensor:
     """Set the head's bias so that its untrained outputs have zero mean; return them, (N, dim), not normalised.
 
-    An untrained network maps all images into one narrow cone (similarity 0.99). Losses that push all negatives alike
-    hardly leave it; from zero mean they need not. The pass over augmented views, in training mode, also sets batch
-    normalisation's running statistics.
+    An untrained network maps all images into one narrow cone (similarity 0.99), which losses that push all negatives
+    alike hardly leave. The pass over augmented views, in training mode, also sets batch normalisation's statistics.
     """
     outputs = []
     for step, batch in enumerate(images.split(config.batch_size)):
@@ -1142,21 +1079,30 @@ def centre_head(model: ResNet18, images: Tensor, config: Config) -> Tensor:
 
 @torch.no_grad()
 def embed(model: ResNet18, images: Tensor, view: Callable = lambda x: x.float() / 255) -> tuple[Tensor, Tensor]:
-    """Features h (n, 8·width) and embeddings z (n, dim) of a view of each image (the plain image), in evaluation mode.
-
-    images: uint8 (n, 3, s, s); view: from uint8 to float32 in [0, 1]. Raises ValueError for other images.
-    """
-    check_images(images)
+    """Features h (n, 8·width) and embeddings z (n, dim) of a view of each image, the plain one if not given, in
+    evaluation mode. images: uint8 (n, 3, s, s); view: from uint8 to float32 in [0, 1]. Raises ValueError."""
+    require(images.dtype == torch.uint8, "images must be uint8, 0 to 255")
     training = model.training
     model.eval()
-    parts = [model.features(normalise(view(batch))) for batch in images.split(256)]
+    parts = [model.features(normalise(view(batch))) for batch in progress(images.split(256), "embedding")]
     z = torch.cat([F.normalize(model.project(part), dim=1) for part in parts])
     model.train(training)
     h = torch.cat(parts)
     return (h.cpu(), z.cpu()) if images.device.type == "mps" else (h, z)  # MPS lacks the metrics' float64
 
 
-def compare(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor) -> dict:
+def summary(epoch: int, losses: Tensor, model: ResNet18, data: Data, config: Config) -> dict:
+    """An entry of the history: the mean loss of an epoch's batches (the last, smaller one weighs like the others), its
+    first learning rate and, every so often, three metrics, by which nothing is chosen."""
+    entry = {"epoch": epoch + 1, "loss": losses.cpu().double().mean().item(), "lr": learning_rate(config, epoch)}
+    if config.eval_every and (epoch + 1) % config.eval_every == 0 and epoch + 1 < config.epochs:
+        _, train_z = embed(model, data.train_images)
+        _, test_z = embed(model, data.test_images)
+        entry |= embedding_metrics(train_z, data.train_labels, test_z, data.test_labels)
+    return entry
+
+
+def embedding_metrics(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor) -> dict:
     """The metrics that need no probe: kNN from training to test images; uniformity and tolerance of test images."""
     train_y, test_y = train_y.to(train_z.device), test_y.to(test_z.device)
     return {"knn": knn_accuracy(train_z, train_y, test_z, test_y), "uniformity": uniformity(test_z),
@@ -1164,39 +1110,43 @@ def compare(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor) ->
 
 
 def evaluate(model: ResNet18, data: Data, config: Config) -> dict:
-    """All metrics: uniformity and tolerance on plain test images, alignment on two augmented views of each, the profile
-    of each plain image against one augmented view of all. `accuracy` is the linear probe's on the test set after its
-    last epoch, trained on plain and mirrored training images; `accuracy_heldout` that of a probe that sees four fifths
-    of the training labels, on the other fifth, plain: the number to choose a tau by."""
+    """All metrics of a network, by name."""
     train_h, train_z = embed(model, data.train_images)
     mirror_h, _ = embed(model, data.train_images.flip(-1))
     test_h, test_z = embed(model, data.test_images)
     train_y, test_y = data.train_labels.to(train_h.device), data.test_labels.to(test_h.device)
     views = []
     for name in ("view 1", "view 2"):
-        draws = generator(config.seed, name)
-        view = lambda x: augment(x, draw_augmentation(len(x), draws, x.shape[-1]).to(x.device))
+        rng = generator(config.seed, name)
+        view = lambda x: augment(x, draw_augmentation(len(x), rng, x.shape[-1]).to(x.device))
         views.append(embed(model, data.test_images, view)[1])
     h = torch.stack([train_h, mirror_h])  # (2, N, 8·width)
-    order = balanced_order(data.train_labels.cpu(), seed=1).to(h.device)
-    kept, held_out = order[len(order) // 5:], order[:len(order) // 5]
+    kept, held_out = (index.to(h.device) for index in hold_out(data.train_labels.cpu()))
     probe = functools.partial(linear_probe, lr=config.probe_lr, seed=config.seed)
     return {
-        **compare(train_z, train_y, test_z, test_y),
+        **embedding_metrics(train_z, train_y, test_z, test_y),
+        # Of test images; the probe learns from plain and mirrored training images.
         "accuracy": probe(h, train_y, test_h, test_y),
+        # Of a fifth of the training images, by a probe that has not seen them: the number to choose a tau by.
         "accuracy_heldout": probe(h[:, kept], train_y[kept], train_h[held_out], train_y[held_out]),
+        # Of two augmented views of each test image.
         "alignment": alignment(*views),
+        # Of each plain test image, against one augmented view of every one.
         "profile": similarity_profile(test_z, views[0], torch.arange(len(test_z), device=test_z.device)).tolist(),
     }
 
 
 def take_subset(data: Data, config: Config) -> Data:
-    """The images in class-balanced order, the same for every seed; the first of them where the config wants fewer."""
+    """The images in class-balanced order, the same for every seed; the first of them where the config wants fewer.
+    Raises BadInput where too few are left to train on, or to measure by."""
     train = balanced_order(data.train_labels)[:config.subset]
     test = balanced_order(data.test_labels)[:config.test_subset]
+    train_y, test_y = data.train_labels[train], data.test_labels[test]
     require(min(len(train), len(test)) >= 10, f"{data.name} has too few images: at least 10 are needed", BadInput)
-    return Data(data.name, data.train_images[train], data.train_labels[train],
-                data.test_images[test], data.test_labels[test])
+    seen = torch.isin(test_y, train_y).all() and len(hold_out(train_y)[1]) > 0
+    require(seen, f"{data.name}: {len(train)} training images are too few for its classes; every class that is tested "
+            "needs one, and some class two (see --subset)", BadInput)
+    return Data(data.name, data.train_images[train], train_y, data.test_images[test], test_y)
 
 
 def pick_device(name: str) -> torch.device:
@@ -1206,83 +1156,14 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
-        if device.index is not None and device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise BadInput(f"device {name!r} can't be used: {str(error).splitlines()[0]}")
+    except Exception as error:  # PyTorch raises many kinds
+        raise BadInput(f"device {name!r} can't be used: {error}".split("\n")[0])
 
 
-def save_checkpoint(path: Path, run: Run, identity: dict) -> None:
-    """Write all of the run, for `load_checkpoint`. What is not finite is not saved: a good checkpoint stays."""
-    if run.finite():
-        buffer = io.BytesIO()
-        torch.save({**identity, **vars(run), "model": run.model.state_dict(), "optimiser": run.optimiser.state_dict(),
-                    "bank": run.bank.rows}, buffer)
-        write_whole(path, buffer.getvalue())
-
-
-def load_checkpoint(path: str | Path) -> dict | None:
-    """What a run saved, on the CPU; None, and a line that says so, where the file is damaged."""
-    content = Path(path).read_bytes()  # an error in reading it is no damage
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as file:  # what torch.save writes; torch.load checks no checksum
-            require(not file.testzip(), "a checksum")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        needed = {"config", "data", "protocol_version", *(field.name for field in dataclasses.fields(Run))}
-        require(needed <= state.keys(), "not a checkpoint")
-        return state
-    except MemoryError:
-        raise
-    except Exception:  # zipfile and torch.load raise many kinds on a damaged file
-        say(f"the checkpoint {path} is damaged: it is not used")
-
-
-def refuse_other(path: Path, found: dict, wanted: dict) -> None:
-    """Raise BadInput, naming what differs, where a record or checkpoint is of another config, data or version. A record
-    may be of `shapes` that another kind of CPU rounded differently."""
-    there, here = ({**run["config"], "version": run["protocol_version"], "data": run["data"]}
-                   for run in (found, wanted))
-    if isinstance(found["data"], dict):  # a record; a checkpoint holds the hash alone
-        there["data"] = here["data"] if here["dataset"] == "shapes" else found["data"]["sha256"]
-    for key in sorted(there.keys() | here.keys()):
-        require(plain(there.get(key)) == here.get(key),
-                f"{path} is of another run: {key} is {there.get(key)} there, {here.get(key)} here; move it away, or "
-                "give another --results and --runs", BadInput)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under another name in the same folder, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted while a run lasts
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path) -> None:
-    """Raise BadInput where nothing can be written into it: now, not after hours of training."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise BadInput(f"cannot write into {folder}: {error.strerror}")
-
-
-def lock(path: Path) -> filelock.AcquireReturnProxy:
-    """Hold the lock of that name, in a `with`; it goes with the process, however that ends. Raises Busy."""
-    try:
-        return filelock.FileLock(path, timeout=0).acquire()
-    except filelock.Timeout:
-        raise Busy(f"another process is at work on this run (it holds {path})")
-
-
-# ── 7  RECORD AND COMMAND ──────────────────────────────────────────────────────────────── paper, section 5, Table 1 ──
+# ── 7  RESULT ──────────────────────────────────────────────────────────────────────────────── paper, section 5, Table 1 ──
 
 # The paper's Table 1, without ImageNet-100 (ResNet-50): linear accuracy in %, uniformity and tolerance of each cell.
 CELLS = (("contrastive", 0.07), ("contrastive", 0.3), ("contrastive", 0.7), ("contrastive", 1.0), ("simple", None),
@@ -1308,79 +1189,10 @@ TABULATED = ("accuracy", "uniformity", "tolerance")
 
 
 def paper_values(dataset: str, loss: str, tau: float | None) -> dict[str, float | None]:
-    """The paper's accuracy, uniformity and tolerance of a cell (a row of its table), None for what it lacks; a folder
-    called cifar10-… is put beside CIFAR-10."""
+    """The paper's values of a cell (a row of its table), or None; a folder called cifar10-… stands beside CIFAR-10."""
     dataset = dataset.split("-")[0]
     more = PAPER_ACCURACY.get(dataset, {}).get(tau) if loss == "contrastive" else None
     return dict(zip(TABULATED, PAPER.get(dataset, {}).get((loss, tau), (more, None, None))))
-
-
-def cell_prefix(loss: str, tau: float | None) -> str:
-    return loss + (f"_tau{tau!r}" if tau else "")
-
-
-def cell_path(config: Config, dataset: str) -> Path:
-    """<preset>/<dataset>/<loss>[_tau<tau>][_<field>-<value>…]_seed<k>: each setting that departs from the preset is in
-    the name, so that no run can stand where another belongs. Raises BadInput where that is too long for a file."""
-    same = {field: getattr(config, field) for field in ("loss", "tau", "seed", "dataset")}
-    usual = make_config(config.preset, **same).study()
-    name = cell_prefix(config.loss, config.tau)
-    for field, value in config.study().items():
-        if value != usual[field]:
-            name += f"_{field}-{'-'.join(map(str, value)) if isinstance(value, tuple) else value}"
-    require(len(name) < 181, f"too many settings depart from the preset for a file name: {name}", BadInput)
-    return Path(config.preset) / dataset / f"{name}_seed{config.seed}"
-
-
-def plain(value):
-    """The value as JSON has it: lists for tuples, null for NaN and infinities."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def record_sha256(record: dict) -> str:
-    """Hash of the record without timing and environment (nor an old record's picture): equal for equal runs, and an
-    edit by hand shows."""
-    rest = {key: value for key, value in record.items() if key not in ("sha256", "timing", "environment", "tsne")}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_record(path: Path) -> dict:
-    """A record that is whole. Raises BadInput for one that is broken or was edited."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        require(record["sha256"] == record_sha256(record), "sha256")
-        alpha = record["config"].pop("alpha", None)  # in old records: k as a share of the training images
-        if alpha is not None:
-            record["config"]["k"] = max(1, int(alpha * record["data"]["train"]))
-        return record
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadInput(f"{path} is broken or was edited: remove it, or run with --force (its sha256 does not fit)")
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}")
-
-
-try:
-    SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-except (NameError, OSError):  # pasted into a notebook, or in a zip
-    SOURCE_SHA256 = None
-
-
-def environment(device: torch.device, bfloat16: bool) -> dict:
-    """Where a run was made; ended, if it was resumed. On CPUs digits agree where cpu, ONEDNN_MAX_CPU_ISA, threads and
-    torch do; on GPUs they may differ."""
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere what Python knows
-    cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return {
-        "device": f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else name,
-        "cpu": cpu[1] if cpu else platform.processor(), "platform": f"{platform.system()} {platform.machine()}",
-        "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT"), "threads": torch.get_num_threads(),
-        "precision": "bfloat16" if bfloat16 else "float32", "python": platform.python_version(),
-        "torch": torch.__version__, "torchvision": torchvision.__version__, "source_sha256": SOURCE_SHA256}
 
 
 MEANING = {"accuracy": "linear probe, last epoch, %", "knn": "200 nearest, %", "uniformity": "larger = more uniform",
@@ -1392,82 +1204,203 @@ def show(record: dict, path: Path) -> None:
     config, final = record["config"], record["final"]
     paper = paper_values(config["dataset"], config["loss"], config["tau"])
     say(f"{'':12}{'ours':>9}{'paper':>9}{'untrained':>12}")
-    for key, what in MEANING.items():
-        ours, before = ("-" if metrics.get(key) is None else f"{metrics[key]:.{2 if '%' in what else 3}f}"
-                        for metrics in (final, final["untrained"]))
-        say(f"{key:12}{ours:>9}{paper.get(key) or '-':>9}{before:>12}  {what}")
-    say(f"preset {config['preset']}, {config['dataset']}: {record['data']['train']:,} training images, "
+    for key, meaning in MEANING.items():
+        ours, untrained = ("-" if metrics[key] is None else f"{metrics[key]:.{2 if '%' in meaning else 3}f}"
+                           for metrics in (final, final["untrained"]))
+        say(f"{key:12}{ours:>9}{paper.get(key) or '-':>9}{untrained:>12}  {meaning}")
+    say(f"preset {config['preset']}, {config['dataset']}: {record['images']['train']:,} training images, "
         f"{config['epochs']} epochs{'; the paper: all images, 200 epochs' if any(paper.values()) else ''}")
     say(f"record: {path}")
 
 
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+# ── 8  FILES AND COMMAND ────────────────────────────────────────────────── nothing of the paper: you may stop here ──
+
+CHECKPOINT_SECONDS = 60.0  # at least so many between two checkpoints, each at an epoch's end
 
 
-DESCRIPTION = (__doc__ or "").split("Read from")[0].strip()
+def train(config: Config) -> dict:
+    """Train, evaluate, write the record and return it; what is done already is not done again. Sets PyTorch's threads
+    and CUDA device. Raises BadInput, NotFinite, or filelock.Timeout where another process is at work on this run."""
+    device = pick_device(config.device)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    data = take_subset(load_dataset(config.dataset, config.data, config.size), config)
+    config = dataclasses.replace(config, dataset=data.name)  # a folder's own name: no path in the record
+    path = Path(config.out).expanduser() / f"{run_path(config, data.name)}.json"
+    checkpoint = path.with_suffix(".pt")
+    identity = dict(protocol_version=PROTOCOL_VERSION, config=as_json(config.recorded()), data_sha256=data.sha256())
+    path.parent.mkdir(parents=True, exist_ok=True)  # an error here is better than after hours
+    with hold_lock(path.with_suffix(".lock")):
+        if config.force:
+            checkpoint.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        if path.exists():
+            record = read_record(path)
+            check_same_run(path, record, identity)
+            say(f"{path} is there already (--force runs it again)")
+        else:
+            machine = environment(device, in_bfloat16(config, device), in_graph(config, device))
+            data = data.to(device)
+            model, run = fit(config, data, checkpoint, identity)
+            began = time.perf_counter()
+            say("trained; evaluating")
+            final = {**evaluate(model, data, config), "untrained": run["untrained"]}
+            record = as_json({
+                **identity, "final": final, "history": run["history"], "environment": machine,
+                "images": {"train": len(data.train_labels), "test": len(data.test_labels)},
+                "timing": {"seconds": run["seconds"] + time.perf_counter() - began}})
+            record["sha256"] = record_sha256(record)
+            write_whole(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+        show(record, path)
+        return record
 
 
-class Parser(argparse.ArgumentParser):
-    """A flag for each field of Config, with its help: the paper's protocol as a table. Errors are BadInput."""
-
-    def __init__(self, name: str = "ctl.py", description: str = DESCRIPTION):
-        super().__init__(prog=name, allow_abbrev=False, description=description,
-                         formatter_class=argparse.RawTextHelpFormatter)
-
-    def error(self, message: str):
-        raise BadInput(f"{message} (--help lists all settings)")
-
-    def add_settings(self) -> None:
-        groups = {True: self.add_argument_group("the study: meaning; value in each preset; source"),
-                  False: self.add_argument_group("where it runs")}
-        for field in dataclasses.fields(Config):
-            kind, choices = field.metadata["kind"], field.metadata["choices"]
-            values = {preset: filled.get(field.name, field.default) for preset, filled in PRESETS.items()}
-            shown = [str(field.default)] if len(set(values.values())) == 1 else [f"{p} {v}" for p, v in values.items()]
-            source = "; ".join(filter(None, (", ".join(shown), field.metadata["source"])))
-            options = dict(help=f"{field.metadata['words']}\n[{source}]", default=argparse.SUPPRESS)
-            if kind is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            else:
-                options |= dict(type=kind, choices=choices, metavar="|".join(choices or ()) or kind.__name__.upper())
-            if isinstance(field.default, tuple):
-                options["nargs"] = "*"
-            groups[field.metadata["study"]].add_argument("--" + field.name.replace("_", "-"), **options)
+def loss_name(loss: str, tau: float | None) -> str:
+    return loss + (f"_tau{tau!r}" if tau else "")
 
 
-def settle(given: dict) -> Config:
-    """The config of a command line. Where it names no preset, choose one and say which."""
-    if "preset" not in given:
-        gpu = pick_device(given.get("device", "auto")).type == "cuda"
-        given = {**given, "preset": "paper" if gpu else "mini"}
-        say(f"no preset given: {'paper' if gpu else 'mini, as there is no CUDA GPU (paper is its whole protocol)'}")
-    return make_config(**given)
+def run_path(config: Config, dataset: str) -> Path:
+    """<preset>/<dataset>/<loss>[_tau<tau>][_<field>-<value>…]_seed<k>: each setting that departs from the preset is in
+    the name, so that no run can stand where another belongs."""
+    same = {field: getattr(config, field) for field in ("loss", "tau", "seed", "dataset")}
+    usual = make_config(config.preset, **same).recorded()
+    name = loss_name(config.loss, config.tau)
+    for field, value in config.recorded().items():
+        if value != usual[field]:
+            name += f"_{field}-{'-'.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return Path(config.preset) / dataset / f"{name}_seed{config.seed}"
 
 
-def one_line(name: str, work: Callable, *arguments) -> int:
-    """Do the work. Returns the exit status: 0 done, 1 failed, 2 wrong use or bad input, 3 another process is at work on
-    the run, 130 interrupted. What went wrong is one line on standard error."""
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed
-            setattr(sys, stream, open(os.devnull, "w"))
-        elif hasattr(getattr(sys, stream), "reconfigure"):
-            getattr(sys, stream).reconfigure(errors="replace")  # where a terminal has no "…"
+def as_json(value):
+    """The value as it comes back from JSON: lists for tuples; null for NaN and infinities, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: as_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def record_sha256(record: dict) -> str:
+    """Hash of the record without timing and environment: equal for equal runs, and an edit by hand shows."""
+    rest = {key: value for key, value in record.items() if key not in ("sha256", "timing", "environment")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(path: Path) -> dict:
+    """A record that is whole. Raises BadInput for one that is broken or was edited."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        require(record["sha256"] == record_sha256(record), "its sha256 does not fit")
+        return record
+    except Exception as error:  # what is broken may raise any kind
+        raise BadInput(f"{path} is broken or was edited ({error}): remove it, or run with --force")
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """What a run saved, on the CPU. Raises BadInput where the file can't be read or is damaged; it stays."""
+    try:
+        with zipfile.ZipFile(path) as file:  # what torch.save writes; torch.load checks no checksum
+            require(not file.testzip(), "a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        require("run" in state and "data_sha256" in state, "of another program, or of an older one")
+        return state
+    except Exception as error:  # zipfile and torch.load raise many kinds on a damaged file
+        raise BadInput(f"cannot read the checkpoint {path} ({error}): remove it, or begin again with --force")
+
+
+def check_same_run(path: Path, found: dict, wanted: dict) -> None:
+    """Raise BadInput, naming what differs, where a record or checkpoint is of another config, data or version."""
+    there, here = ({**run["config"], "version": run["protocol_version"], "data_sha256": run["data_sha256"]}
+                   for run in (found, wanted))
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key, "missing"), here.get(key, "missing")
+        require(old == new, f"{path} is of another run: {key} is {old} there, {new} here; move it away, or give "
+                "another --out", BadInput)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under another name in the same folder, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted while a run lasts
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path))  # a full disk does not say which file
+
+
+def hold_lock(path: Path) -> filelock.AcquireReturnProxy:
+    """Hold the lock of that name, in a `with`; it goes with the process, however that ends."""
+    try:
+        return filelock.FileLock(path, timeout=0).acquire()
+    except OSError as error:  # such as NFS without its lock service
+        if isinstance(error, filelock.Timeout):
+            raise
+        raise OSError(f"{path.parent} can't lock files ({error}): give an --out on another file system")
+
+
+def environment(device: torch.device, bfloat16: bool, graph: bool) -> dict:
+    """Where a run is made. On CPUs digits agree where cpu, ONEDNN_MAX_CPU_ISA, threads and torch do."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere what Python knows
+    cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {
+        "device": f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else name,
+        "cpu": cpu[1] if cpu else platform.processor(), "platform": f"{platform.system()} {platform.machine()}",
+        "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT"), "threads": torch.get_num_threads(),
+        "precision": "bfloat16" if bfloat16 else "float32", "graph": graph, "python": platform.python_version(),
+        "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+
+
+def make_parser(name: str = "ctl.py", description: str | None = __doc__) -> argparse.ArgumentParser:
+    """A flag for each field of Config. --help prints the fields as they stand above, and the presets."""
+    fields = inspect.getsource(Config).split('"""')[2].split("    def ")[0]
+    presets = "\n".join(f"    {preset}: {values}" for preset, values in PRESETS.items() if values)
+    settings = ("Each setting is a flag: batch_size is --batch-size 64, flip is --flip or --no-flip. The values are of the\n"
+                f"preset paper; in brackets stands where they come from.\n{fields}\nOther presets:\n{presets}")
+    parser = argparse.ArgumentParser(name, argparse.SUPPRESS, (description or "").split("Read from")[0], settings,
+                                     formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    for field, hint in get_type_hints(Config).items():
+        options = dict(type=(get_args(hint) or (hint,))[0])
+        if hint is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif get_origin(hint) is Literal:
+            options = dict(choices=get_args(hint))
+        elif get_origin(hint) is tuple:
+            options["nargs"] = "*"
+        flag = "--" + field.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+    return parser
+
+
+def exit_status(name: str, work: Callable, *arguments) -> int:
+    """Do the work; what goes wrong is one line on standard error. Returns the exit status: 0 done, 1 failed, 2 wrong
+    use or bad input, 3 another process is at work on the run, 130 interrupted."""
     try:
         work(*arguments)
         return 0
-    except SystemExit as stop:  # --help
+    except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
-    except Stop as stop:
-        words, status = str(stop), stop.status
     except KeyboardInterrupt:
         words, status = "interrupted; the same command goes on from the last checkpoint, if there is one", 130
-    except OSError as error:
-        words, status = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
-    except (NotFinite, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except BadInput as error:
+        words, status = str(error), 2
+    except filelock.Timeout as error:
+        words, status = f"another process is at work on this run (it holds {error.lock_file})", 3
+    except NotFinite as error:
+        words = f"not finite: {error}; nothing is recorded; try a lower --lr, --probe-lr or a larger --tau"
+        status = 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory|--no-graph", str(error)):
             raise
         words, status = f"{type(error).__name__}: {error}", 1
     print(f"{name}: {' '.join(words.split())}", file=sys.stderr)
@@ -1475,18 +1408,16 @@ def one_line(name: str, work: Callable, *arguments) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit status, see `one_line`."""
+    """Run the command line. Returns the exit status, see `exit_status`."""
     def work() -> None:
-        parser = Parser()
-        parser.add_settings()
-        train(settle(vars(parser.parse_args(argv))))
+        given = vars(make_parser().parse_args(argv))
+        config = make_config(**given)
+        if given.get("preset") is None:
+            why = ", as there is no CUDA GPU for the paper's own protocol" if config.preset == "mini" else ""
+            say(f"no preset given: {config.preset}{why}")
+        train(config)
 
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)  # a caller's own may be another
-    try:
-        return one_line("ctl.py", work)
-    finally:
-        torch.set_default_dtype(dtype)
+    return exit_status("ctl.py", work)
 
 
 if __name__ == "__main__":
