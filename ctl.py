@@ -12,8 +12,7 @@ evenly over the sphere (uniformity), and images that are alike are torn apart. A
 images that are alike may stay together (tolerance), and the sphere is filled less evenly. No tau gives both. That is
 the uniformity-tolerance dilemma.
 
-Read from top to bottom. Rooms 1 to 3 are the paper's subject, 4 and 5 what it is measured on, 6 and 7 the experiment.
-You may stop before room 8: it keeps files and reads flags.
+Read from top to bottom; you may stop before room 8, which keeps files and reads flags.
 
     1 Loss      Eqs. 1-9: the losses, their gradients in closed form
     2 Metrics   Eqs. 10 and 11, Fig. 8, kNN and the linear probe
@@ -24,8 +23,7 @@ You may stop before room 8: it keeps files and reads flags.
     7 Result    the paper's Table 1, and a run's result beside it
     8 Files     the record, the checkpoint, the lock of a run; the command line
 
-Data goes one way: images -> views -> embeddings -> similarities with the bank -> loss; then the embeddings update the
-bank. Embeddings -> metrics -> record.
+Data goes one way: images -> views -> embeddings -> similarities with the bank -> loss; embeddings -> metrics -> record.
 Shapes are written (B, N): B images of a batch (the anchors) against all N training images.
 """
 from __future__ import annotations
@@ -35,7 +33,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import http.client
 import inspect
 import io
 import json
@@ -47,7 +44,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -80,9 +77,7 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def progress(steps: Iterable, what: str) -> Iterable:
-    """The same steps, with a bar on a terminal while they last."""
-    return tqdm(steps, what, leave=False, disable=None)
+progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a terminal, nothing elsewhere
 
 
 # ── 1  LOSS ───────────────────────────────────────────────────────────────────────────── paper, section 3, Eqs. 1-9 ──
@@ -96,7 +91,7 @@ def progress(steps: Iterable, what: str) -> Iterable:
 #     simple        mean_j d_ij                         tau -> infinity  (Eq. 7 times tau, less its constant)
 #
 # The sums run over all columns: the positive is one of them, with d_ii = 0. The hard losses (Eq. 9; penalty, Eq. 8)
-# keep the positive and the k largest of the others.
+# keep the positive and the k largest of the others. `ahead` gives the d.
 
 
 def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
@@ -112,12 +107,10 @@ def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, 
     >>> round(contrastive_loss(s, torch.tensor([0]), tau=0.1).item(), 6)  # log(1 + e^-4 + e^-11)
     0.018166
     """
-    similarity, s_ii = check_similarity(similarity, positive, tau, k)
-    if k is not None:
-        similarity = torch.cat([s_ii, nearest_negatives(similarity, positive, k)[0]], dim=1)  # (B, 1 + k)
+    d = ahead(similarity, positive, tau, k)
     # Eq. 1: L = -log[ exp(s_ii/tau) / sum_j exp(s_ij/tau) ] = log sum_j exp((s_ij - s_ii)/tau)
-    # In place, as (B, N) may be large. logsumexp takes the largest out before exp, so that nothing overflows.
-    return torch.logsumexp((similarity - s_ii).div_(tau), dim=1)
+    # logsumexp takes the largest out before exp, so that nothing overflows. In place, as (B, N) may be large.
+    return torch.logsumexp(d.div_(tau), dim=1)
 
 
 def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> Tensor:
@@ -128,11 +121,8 @@ def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> T
     >>> simple_loss(torch.tensor([[1.0, 0.5, -0.9]]), torch.tensor([0])).item()  # -2/3 · 1 + 1/3 · (0.5 - 0.9)
     -0.800000011920929
     """
-    similarity, s_ii = check_similarity(similarity, positive, k=k)
-    if k is not None:
-        similarity = torch.cat([s_ii, nearest_negatives(similarity, positive, k)[0]], dim=1)  # (B, 1 + k)
     # Eq. 7 · tau - constant: -(n-1)/n · s_ii + 1/n · sum_{kept negatives} s_ij, with n = 1 + (negatives kept)
-    return (similarity - s_ii).mean(dim=1)
+    return ahead(similarity, positive, k=k).mean(dim=1)
 
 
 def triplet_loss(similarity: Tensor, positive: Tensor) -> Tensor:
@@ -141,19 +131,23 @@ def triplet_loss(similarity: Tensor, positive: Tensor) -> Tensor:
     Arguments and errors as in `contrastive_loss`. Returns (B,), in [0, 2]: 0 where the positive is nearest. Where
     several negatives are nearest they share the gradient.
     """
-    similarity, s_ii = check_similarity(similarity, positive)
     # Eq. 6 · tau: max(s_max - s_ii, 0); the positive's own column gives the 0
-    return (similarity - s_ii).amax(dim=1)
+    return ahead(similarity, positive).amax(dim=1)
 
 
-# The next two are to be read: training uses autograd, the tests compare. Fig. 3 is drawn with the second.
+def ahead(similarity: Tensor, positive: Tensor, tau: float | Tensor = 1.0, k: int | None = None) -> Tensor:
+    """d_ij = s_ij - s_ii, (B, N); with k of the positive, then of the k nearest negatives, (B, 1 + k)."""
+    similarity, s_ii = check_similarity(similarity, positive, tau, k)
+    if k is not None:
+        similarity = torch.cat([s_ii, nearest_negatives(similarity, positive, k)[0]], dim=1)
+    return similarity - s_ii
 
 
 def loss_gradient(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
     """The gradient of `contrastive_loss` with respect to the similarities, in closed form: Eq. 4.
 
-    Arguments and errors as in `contrastive_loss`. Returns (B, N): in [0, 1/tau] at the negatives, in [-1/tau, 0] at
-    the positive, 0 at negatives that k drops. Each row sums to 0.
+    To be read: training uses autograd, and the tests compare. Arguments and errors as in `contrastive_loss`. Returns
+    (B, N): in [0, 1/tau] at the negatives, in [-1/tau, 0] at the positive, 0 at negatives that k drops. Rows sum to 0.
     """
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own, dropped = own_and_dropped(similarity, positive, k)
@@ -166,8 +160,8 @@ def loss_gradient(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: 
 def relative_penalty(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
     """How the push on an anchor is shared among its negatives, Eq. 5 (Eq. 8 with k): a Boltzmann distribution.
 
-    Arguments and errors as in `contrastive_loss`. Returns (B, N), in [0, 1], each row summing to 1 (to 0 for N = 1):
-    0 at the positive, which the penalty does not depend on, and at negatives that k drops.
+    To be read too; Fig. 3 is drawn with it. Arguments and errors as in `contrastive_loss`. Returns (B, N), in [0, 1],
+    each row summing to 1 (to 0 for N = 1): 0 at the positive, on which it does not depend, and where k drops.
     """
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own, dropped = own_and_dropped(similarity, positive, k)
@@ -209,18 +203,17 @@ def check_similarity(similarity: Tensor, positive: Tensor, tau=1.0, k=None) -> t
 # ── 2  METRICS ─────────────────────────────────────────────────────── paper, sections 4 and 5.1, Eqs. 10-11, Fig. 8 ──
 #
 # z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees. Labels: (n,) int64.
-# Nothing is subsampled: functions over all pairs work on ROWS rows at a time. Each function raises ValueError for
-# vectors or labels that do not fit, and gives the same number in a caller's autocast or inference mode.
+# Each function raises ValueError for vectors or labels that do not fit.
 
-ROWS = 256  # rows of a block
+ROWS = 256  # functions over all pairs work on so many rows at a time; nothing is subsampled
 
 
 @torch.no_grad()
 def uniformity(z: Tensor, t: float = 2.0) -> float:
     """How evenly embeddings fill the sphere: -L_uniformity of Eq. 10, over the pairs i < j.
 
-    z: (n, dim) unit vectors, two or more. Returns a value in [0, 4t]: 0 if all are equal, larger = more uniform (3.94
-    for many vectors spread evenly over the sphere in 128 dimensions, at t = 2).
+    z: (n, dim) unit vectors, n > 1. Returns a value in [0, 4t]: 0 if all are equal, larger = more uniform (3.94 for
+    many vectors spread evenly over the sphere in 128 dimensions, at t = 2).
     """
     check_vectors(z=z)
     n, total = len(z), 0.0
@@ -268,9 +261,8 @@ def alignment(z1: Tensor, z2: Tensor) -> float:
 def similarity_profile(z: Tensor, z2: Tensor, positive: Tensor, top: int = 10) -> Tensor:
     """Mean similarity of the positive, then of the nearest, second nearest, … negative: a panel of Fig. 8.
 
-    z: (n, dim) unit vectors, the anchors. z2: (m, dim) unit vectors to compare with (other views, or a bank's
-    rows), row `positive[i]` being anchor i's own. Returns (1 + top,) float64 on the CPU, in [-1, 1]; nan where there
-    are fewer negatives than that.
+    z: (n, dim) unit vectors, the anchors. z2: (m, dim) unit vectors to compare with, row `positive[i]` being anchor
+    i's own. Returns (1 + top,) float64 on the CPU, in [-1, 1]; nan where there are fewer negatives than that.
     """
     check_vectors(z=z, z2=z2)
     require(positive.shape == z.shape[:1] and top >= 0, f"positive must be of shape ({len(z)},), top at least 0")
@@ -288,19 +280,20 @@ def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tenso
                  k: int = 200, temperature: float = 0.07) -> float:
     """Percent of test images whose k nearest training images vote for their class, with weights exp(s/temperature).
 
-    train_z, test_z: (n, dim), (m, dim) unit vectors; train_y, test_y: (n,), (m,). All n vote where n < k. The
-    protocol is the authors' (Wu et al., CVPR 2018).
+    train_z, test_z: (n, dim), (m, dim) unit vectors. All n vote where n < k. The authors' protocol (Wu et al., CVPR
+    2018).
     """
     check_vectors(train_z=train_z, test_z=test_z)
     check_labels(train_y=(train_y, train_z), test_y=(test_y, test_z))
     require(k >= 1 and temperature > 0, "k must be at least 1, temperature above 0")
-    train_y, test_y, classes = number_classes(train_y, test_y)
+    classes, label = torch.cat([train_y, test_y]).unique(return_inverse=True)  # labels may lie far apart
+    train_y, test_y = label.split([len(train_y), len(test_y)])
     correct = 0
     for z, y in zip(test_z.split(ROWS), test_y.split(ROWS)):
         s, neighbour = inner_products(z, train_z).topk(min(k, len(train_z)), dim=1)  # (b, k), the nearest first
         # All of a row's weights are divided by the largest: none overflows, and the nearest never vanishes.
         weight = torch.exp((s - s[:, :1]) / temperature)
-        votes = z.new_zeros(len(z), classes).scatter_add(1, train_y[neighbour], weight)  # (b, classes)
+        votes = z.new_zeros(len(z), len(classes)).scatter_add(1, train_y[neighbour], weight)  # (b, classes)
         correct += (votes.argmax(dim=1) == y).sum().item()
     return 100 * correct / len(test_y)
 
@@ -312,19 +305,21 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
                  gamma: float = 0.2, batch_size: int = 256, seed: int = 0) -> float:
     """Percent of test images that a linear classifier on frozen features gets right, after its last epoch.
 
-    train_h: (n, d) features, or (V, n, d) for V views of each image, of which each epoch picks one at random (with
-    an image and its mirror image this is training with random flips). test_h: (m, d). SGD without weight decay,
-    lr · gamma at the milestones (paper, section 5.1; batch, momentum and flips from the authors' code, which
-    reports its best epoch on the test set: this reports the last). Raises NotFinite where it diverges.
+    train_h: (n, d) features, or (V, n, d) for V views of each image, of which each epoch picks one at random (an
+    image and its mirror image: training with random flips). test_h: (m, d). SGD without weight decay, lr · gamma at
+    the milestones (paper, section 5.1; batch, momentum and flips from the authors' code, which reports its best epoch
+    on the test set). Raises NotFinite where it diverges.
     """
     views = train_h.detach() if train_h.ndim == 3 else train_h.detach()[None]  # (V, n, d)
     check_vectors(unit=False, train_h=views.flatten(0, 1), test_h=test_h)
     check_labels(train_y=(train_y, views[0]), test_y=(test_y, test_h))
     require(batch_size >= 1, "batch_size must be at least 1")
-    train_y, test_y, classes = number_classes(train_y, test_y)
+    classes, label = torch.cat([train_y, test_y]).unique(return_inverse=True)  # labels may lie far apart
+    train_y, test_y = label.split([len(train_y), len(test_y)])
     n_views, n, d = views.shape
     # The problem is convex: 0 is as good a start as any, and needs no draw.
-    weight, bias = views.new_zeros(classes, d, requires_grad=True), views.new_zeros(classes, requires_grad=True)
+    weight = views.new_zeros(len(classes), d, requires_grad=True)
+    bias = views.new_zeros(len(classes), requires_grad=True)
     optimiser = torch.optim.SGD([weight, bias], lr=lr, momentum=momentum)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones), gamma)
     rng = torch.Generator().manual_seed(seed)
@@ -338,7 +333,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
                 optimiser.step()
             schedule.step()
         predicted = F.linear(test_h, weight.detach(), bias.detach()).argmax(dim=1)
-    require(weight.isfinite().all() and bias.isfinite().all(), "the linear probe", NotFinite)
+    require(weight.isfinite().all() and bias.isfinite().all(), "the probe is not finite: try a lower --probe-lr", NotFinite)
     return 100 * (predicted == test_y).double().mean().item()
 
 
@@ -350,15 +345,7 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_precision(device: torch.device, bfloat16: bool = False):
     """A context in which matrix products and convolutions run in bfloat16, or else in their tensors' own dtype."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-
-
-def number_classes(train_y: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Both sets of labels numbered 0, 1, 2, …, as labels may lie far apart; and the number of classes."""
-    classes, number = torch.cat([train_y, test_y]).unique(return_inverse=True)
-    return number[:len(train_y)], number[len(train_y):], len(classes)
 
 
 def check_vectors(unit: bool = True, **sets: Tensor) -> None:
@@ -415,10 +402,7 @@ class MemoryBank:
 
 
 class Block(nn.Module):
-    """A residual block: two 3x3 convolutions and a shortcut (He et al., CVPR 2016).
-
-    (B, channels, s, s) -> (B, out, s/stride, s/stride)
-    """
+    """A residual block (He et al., CVPR 2016): (B, channels, s, s) -> (B, out, s/stride, s/stride)."""
 
     def __init__(self, channels: int, out: int, stride: int):
         super().__init__()
@@ -483,9 +467,6 @@ class Data(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
 
-    def to(self, device: torch.device | str) -> Data:
-        return Data(self.name, *(tensor.to(device) for tensor in self[1:]))
-
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for tensor in self[1:]:
@@ -499,10 +480,7 @@ DOWNLOADS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.da
 
 
 def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Data:
-    """The dataset of that name, downloaded into `root` unless it is there; or else a folder of images.
-
-    Raises BadInput for data that is missing, broken or out of reach.
-    """
+    """The dataset of that name, downloaded into `root` unless it is there; or else a folder of images. Raises BadInput."""
     if dataset in DOWNLOADS:
         require(size == 32, f"{dataset} has images of 32x32: give --size 32", BadInput)
         return load_download(dataset, Path(root).expanduser())
@@ -511,8 +489,8 @@ def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Dat
 
 def load_download(name: str, root: Path) -> Data:
     """CIFAR-10, CIFAR-100 or SVHN through torchvision, which checks the MD5 sums."""
-    tensors, timeout = [], socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torchvision sets none, and would wait for ever
+    tensors = []
+    socket.setdefaulttimeout(socket.getdefaulttimeout() or 30)  # torchvision sets none, and would wait for ever
     try:
         root.mkdir(parents=True, exist_ok=True)
         # One process downloads, the others wait; any user may take the lock. A read-only folder needs none.
@@ -522,46 +500,36 @@ def load_download(name: str, root: Path) -> Data:
                 which = {"split": part} if name == "svhn" else {"train": part == "train"}
                 files = DOWNLOADS[name](root, download=True, **which)
                 images = torch.as_tensor(files.data)  # CIFAR: (n, 32, 32, 3); SVHN: (n, 3, 32, 32)
-                tensors.append((images if name == "svhn" else images.permute(0, 3, 1, 2)).contiguous())
-                tensors.append(torch.as_tensor(files.labels if name == "svhn" else files.targets))
-    except (OSError, http.client.HTTPException, RuntimeError) as error:
+                tensors += [images if name == "svhn" else images.permute(0, 3, 1, 2).contiguous(),
+                            torch.as_tensor(files.labels if name == "svhn" else files.targets)]
+    except Exception as error:  # of the file system, the network, the archive
         broken = root / getattr(DOWNLOADS[name], "base_folder", "*_32x32.mat")
         raise BadInput(f"cannot load {name} ({error}): run the command again; if that does not help, remove {broken} "
                        f"or put the files into {root} (--data); or give a --dataset that is a folder, or waves")
-    finally:
-        socket.setdefaulttimeout(timeout)
     return Data(name, *tensors)
-
-
-class ImageFolder(torchvision.datasets.ImageFolder):
-    """The images in root/<class>/, at any depth, without what is hidden."""
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
-        return names, {name: label for label, name in enumerate(names)}
 
 
 def load_folder(folder: str | Path, size: int = 32) -> Data:
     """A folder with train/<class>/* and test/<class>/*: images of any size, upright (EXIF), the shorter side resized
-    to `size` (antialiased), the middle square cut out. Classes are numbered as sorted by name. Raises BadInput."""
-    folder = Path(folder).expanduser().resolve()
+    to `size` (antialiased), the middle square cut out. What is hidden is left out. Raises BadInput."""
+    folder, tensors = Path(folder).expanduser().resolve(), []
     square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
 
     def wanted(path: str) -> bool:
         hidden = "/." in Path(path).as_posix().removeprefix(folder.as_posix())
         return not hidden and path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
     try:
-        train, test = (ImageFolder(folder / part, square, loader=read_image, is_valid_file=wanted)
-                       for part in ("train", "test"))
-    except (OSError, ValueError) as error:  # no folder, no class, no image
-        raise BadInput(f"{error}: a dataset is {', '.join(DOWNLOADS)}, waves, or a folder with train/<class>/* and "
-                       "test/<class>/*")
-    require(set(test.classes) <= set(train.classes), f"{test.root} has classes that {train.root} lacks", BadInput)
-    require(len(train.classes) > 1, f"{train.root} has one class alone: at least two are needed", BadInput)
-    tensors = []
-    for part in (train, test):
-        images, labels = zip(*progress(part, f"reading {part.root}"))
-        tensors += [torch.stack(images), torch.tensor([train.class_to_idx[part.classes[y]] for y in labels])]
+        train, test = (sorted(entry.name for entry in os.scandir(folder / part)
+                              if entry.is_dir() and entry.name[0] != ".") for part in ("train", "test"))
+        require(set(test) <= set(train), f"{folder / 'test'} has classes that train lacks")
+        for part, names in (("train", train), ("test", test)):
+            label = {name: train.index(name) for name in names}
+            files = torchvision.datasets.folder.make_dataset(str(folder / part), label, is_valid_file=wanted)
+            images = [square(read_image(path)) for path, _ in progress(files, f"reading {part}")]
+            tensors += [torch.stack(images), torch.tensor([label for _, label in files])]
+    except (OSError, ValueError) as error:  # no folder, no class, an empty class, a broken image
+        raise BadInput(f"{error} (a folder must hold train/<class>/* and test/<class>/*; a name, cifar10 or so)")
+    require(len(train) > 1, f"{folder / 'train'} has one class alone: at least two are needed", BadInput)
     # The name stands in tables and file names, where it must not pass for that of a dataset.
     name = re.sub(r"[^\w .-]", "_", folder.name)[:80] or "images"
     return Data(name + "-folder" * (name in (*DOWNLOADS, "waves")), *tensors)
@@ -601,8 +569,8 @@ def hold_out(labels: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
     return order[~held_out], order[held_out]
 
 
-# The augmentation has two parts: what is drawn (on the CPU, so that all devices draw alike), and what is done with it
-# (to a whole batch at once, where the images are).
+# The augmentation: first what is drawn, on the CPU, so that all devices draw alike; then what is done, where the
+# images are, to a whole batch at once.
 
 GREY = (0.2989, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -819,8 +787,20 @@ class Config:
     force: bool = False  # begin again: delete the run's checkpoint and record first
 
     def __post_init__(self):
+        # Each setting alone; 1 and 1.0 give one file name.
+        self.milestones = tuple(self.milestones)
         for name, hint in get_type_hints(Config).items():
-            setattr(self, name, check_setting(name, getattr(self, name), hint))
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            if get_origin(hint) is Literal:
+                require(value in kinds, f"{name} must be one of {', '.join(kinds)}, not {value!r}", BadInput)
+            elif type(value) in (int, float):
+                in_range = 1e-30 <= value < 2 ** 31 or (value == 0 and name in MAY_BE_0)
+                require(in_range and kinds[0](value) == value, f"{name} must be {kinds[0].__name__}, "
+                        f"{'at least' if name in MAY_BE_0 else 'above'} 0 and below 2^31, not {value}", BadInput)
+                setattr(self, name, kinds[0](value))
+        require(self.size % 8 == 0 and self.size > 8, "size must be a multiple of 8, 16 or more", BadInput)
+        require(max(self.momentum, self.bank_momentum) <= 1, "momentum, bank_momentum must be at most 1", BadInput)
+        # What the loss needs; what would be ignored.
         _, needs = LOSSES[self.loss]
         for name, usual in (("tau", 0.3), ("k", NEGATIVES[self.preset])):
             value = getattr(self, name)
@@ -829,9 +809,6 @@ class Config:
         for name in needs:
             require(getattr(self, name) is not None, f"the {self.loss} loss needs {name}, which has no value", BadInput)
         require(self.tau or not self.match_step, f"the {self.loss} loss has no tau: leave out match_step", BadInput)
-        require(max(self.momentum, self.bank_momentum) <= 1, "momentum, bank_momentum must be at most 1", BadInput)
-        require(self.size % 8 == 0 and self.size > 8, "size must be a multiple of 8, 16 or more", BadInput)
-        require(list(self.milestones) == sorted(set(self.milestones)), "milestones must rise", BadInput)
         ignored = self.schedule == "cosine" and (self.milestones, self.gamma) != (Config.milestones, Config.gamma)
         require(not ignored, "milestones and gamma are of schedule step: leave them out with cosine", BadInput)
 
@@ -842,38 +819,17 @@ class Config:
 
 
 MAY_BE_0 = ("seed", "momentum", "weight_decay", "gamma", "warmup", "bank_momentum", "eval_every")
-
-
-def check_setting(name: str, value, hint):
-    """The value, a whole number as float where the hint says so. Raises BadInput where it does not fit the hint."""
-    kinds = get_args(hint) or (hint,)
-    if get_origin(hint) is tuple:
-        return tuple(check_setting(name, one, kinds[0]) for one in value)
-    if get_origin(hint) is Literal:
-        require(value in kinds, f"{name} must be one of {', '.join(kinds)}, not {value!r}", BadInput)
-    elif value is not None or type(None) not in kinds:
-        value = float(value) if kinds[0] is float and type(value) is int else value
-        require(type(value) is kinds[0] and value != "", f"{name} must be {kinds[0].__name__}, not {value!r}", BadInput)
-        if kinds[0] in (int, float):
-            in_range = 1e-30 <= value < 2 ** 31 or value == 0 and name in MAY_BE_0
-            least = "at least" if name in MAY_BE_0 else "above"
-            require(in_range, f"{name} must be {least} 0 and below 2^31, not {value}", BadInput)
-    return value
-
-
+SMALL = dict(schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3)
 PRESETS = {
     "paper": {},  # section 5.1; for a GPU
-    # All images, a narrow network: two to three hours on a core.
-    "narrow": dict(width=16, epochs=40, lr=0.1, schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3),
-    # A tenth of the images: a quarter of an hour on a core.
-    "mini": dict(width=16, epochs=60, lr=0.1, schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3,
-                 batch_size=64, subset=5000),
-    # A demonstration without data: two minutes on a core.
-    "quick": dict(width=8, epochs=160, lr=0.01, schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3,
-                  batch_size=16, subset=500, test_subset=1000, dataset="waves", size=24, eval_every=0),
-    # Seconds; for tests.
-    "smoke": dict(width=4, dim=16, epochs=3, lr=0.03, schedule="cosine", warmup=1.0, bank_init="embeddings",
-                  probe_lr=0.3, batch_size=16, subset=100, test_subset=100, dataset="waves", eval_every=2),
+    # All images, a narrow network: two to three hours on a core. A tenth of the images: a quarter of an hour.
+    "narrow": dict(SMALL, width=16, epochs=40, lr=0.1),
+    "mini": dict(SMALL, width=16, epochs=60, lr=0.1, batch_size=64, subset=5000),
+    # A demonstration without data, two minutes on a core; and seconds, for tests.
+    "quick": dict(SMALL, width=8, epochs=160, lr=0.01, batch_size=16, subset=500, test_subset=1000, dataset="waves",
+                  size=24, eval_every=0),
+    "smoke": dict(SMALL, width=4, dim=16, epochs=3, lr=0.03, warmup=1.0, batch_size=16, subset=100, test_subset=100,
+                  dataset="waves", eval_every=2),
 }
 NEGATIVES = {"paper": 4095, "narrow": 4095, "mini": 409, "quick": 200, "smoke": 8}  # k, where the loss has one
 
@@ -882,6 +838,7 @@ def make_config(preset: str | None = None, **given) -> Config:
     """The preset's settings, but for those given. No preset: paper where the device is a CUDA GPU, else mini."""
     if preset is None:
         preset = "paper" if pick_device(given.get("device", "auto")).type == "cuda" else "mini"
+        say(f"no preset given: {preset} (paper, the paper's own protocol, is for a CUDA GPU)")
     return Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
 
 
@@ -895,12 +852,8 @@ def learning_rate(config: Config, at: float) -> float:
 
 def generator(*key) -> torch.Generator:
     """Random numbers that depend on the key alone (seed, purpose, epoch, step): a run resumes exactly."""
-    return torch.Generator().manual_seed(seed_from(*key))
-
-
-def seed_from(*key) -> int:
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[ResNet18, dict]:
@@ -926,8 +879,13 @@ def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[R
             if graphed and graphed.graph and graphed.taken == graphed.WARM_UP + 50:
                 say(graphed.forecast((config.epochs - epoch) * len(batches) - batch - 1))
         for value in (losses, bank.rows, *model.state_dict().values()):
-            require(value.isfinite().all(), f"the loss, the weights or the bank in epoch {epoch + 1}", NotFinite)
-        run["history"].append(summary(epoch, losses, model, data, config))
+            require(value.isfinite().all(), f"the loss, the weights or the bank in epoch {epoch + 1} are not finite: "
+                    "try a lower --lr or a larger --tau", NotFinite)
+        # The last, smaller batch weighs in the mean like the others; lr is the epoch's first.
+        entry = {"epoch": epoch + 1, "loss": losses.cpu().double().mean().item(), "lr": learning_rate(config, epoch)}
+        if config.eval_every and (epoch + 1) % config.eval_every == 0 and epoch + 1 < config.epochs:
+            entry |= evaluate(model, data, config, in_full=False)  # nothing is chosen by it
+        run["history"].append(entry)
         elapsed = time.perf_counter() - began
         run["seconds"] = spent + elapsed
         if epoch + 1 == config.epochs or time.perf_counter() - last_save > CHECKPOINT_SECONDS:
@@ -935,7 +893,7 @@ def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[R
                                          "optimiser": optimiser.state_dict()})
             last_save = time.perf_counter()
         pace = elapsed / (epoch + 1 - done)  # seconds an epoch, since this process began
-        line = "  ".join(f"{key} {value:.5g}" for key, value in run["history"][-1].items())
+        line = "  ".join(f"{key} {value:.5g}" for key, value in entry.items())
         say(f"{line}  {len(images) / pace:.0f} images/s  {(config.epochs - epoch - 1) * pace / 60:.0f} min left")
     return model, run
 
@@ -1002,9 +960,8 @@ class GraphedStep:
         self.stream = torch.cuda.Stream(device)  # one for all steps: a capture must not be on the default stream
         self.taken, self.graph = 0, None
 
-    def __call__(self, model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor,
-                 index: Tensor, drawn: Augmentation, config: Config) -> Tensor:
-        """Arguments and value of `train_step`; the value is overwritten by the next step."""
+    def __call__(self, model, bank, optimiser, images, index, drawn, config) -> Tensor:
+        """Arguments and value as of `train_step`; the value is overwritten by the next step."""
         outer = torch.cuda.current_stream(images.device)
         self.stream.wait_stream(outer)
         with torch.cuda.stream(self.stream):
@@ -1013,8 +970,7 @@ class GraphedStep:
             else:
                 if self.graph is None:
                     self.capture(model, bank, optimiser, images, index, drawn, config)
-                self.index.copy_(index)
-                for held, new in zip(vars(self.drawn).values(), vars(drawn).values()):
+                for held, new in zip((self.index, *vars(self.drawn).values()), (index, *vars(drawn).values())):
                     held.copy_(new, non_blocking=True)
                 self.graph.replay()
                 loss = self.loss
@@ -1035,9 +991,9 @@ class GraphedStep:
 
     def forecast(self, left: int) -> str:
         """What the steps that are left will take, by those since the capture."""
-        torch.cuda.synchronize()
+        self.stream.synchronize()
         seconds = left * (time.perf_counter() - self.began) / (self.taken - self.WARM_UP)
-        gib = torch.cuda.max_memory_reserved() / 2 ** 30
+        gib = torch.cuda.max_memory_reserved(self.rate.device) / 2 ** 30
         return f"a step is one graph: {left} steps are left, {seconds / 60:.1f} min, {gib:.1f} GiB of the GPU"
 
 
@@ -1053,7 +1009,7 @@ def in_bfloat16(config: Config, device: torch.device) -> bool:
 def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.optim.SGD]:
     """The network as its seed draws it, the same on every device, and its optimiser."""
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that all devices start alike
-        torch.default_generator.manual_seed(seed_from(config.seed, "network"))
+        torch.set_rng_state(generator(config.seed, "network").get_state())
         model = ResNet18(config.width, config.dim, in_bfloat16(config, device))
     model = model.to(device, memory_format=torch.channels_last)
     return model, torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum,
@@ -1091,40 +1047,25 @@ def embed(model: ResNet18, images: Tensor, view: Callable = lambda x: x.float() 
     return (h.cpu(), z.cpu()) if images.device.type == "mps" else (h, z)  # MPS lacks the metrics' float64
 
 
-def summary(epoch: int, losses: Tensor, model: ResNet18, data: Data, config: Config) -> dict:
-    """An entry of the history: the mean loss of an epoch's batches (the last, smaller one weighs like the others), its
-    first learning rate and, every so often, three metrics, by which nothing is chosen."""
-    entry = {"epoch": epoch + 1, "loss": losses.cpu().double().mean().item(), "lr": learning_rate(config, epoch)}
-    if config.eval_every and (epoch + 1) % config.eval_every == 0 and epoch + 1 < config.epochs:
-        _, train_z = embed(model, data.train_images)
-        _, test_z = embed(model, data.test_images)
-        entry |= embedding_metrics(train_z, data.train_labels, test_z, data.test_labels)
-    return entry
-
-
-def embedding_metrics(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor) -> dict:
-    """The metrics that need no probe: kNN from training to test images; uniformity and tolerance of test images."""
-    train_y, test_y = train_y.to(train_z.device), test_y.to(test_z.device)
-    return {"knn": knn_accuracy(train_z, train_y, test_z, test_y), "uniformity": uniformity(test_z),
-            "tolerance": tolerance(test_z, test_y)}
-
-
-def evaluate(model: ResNet18, data: Data, config: Config) -> dict:
-    """All metrics of a network, by name."""
+def evaluate(model: ResNet18, data: Data, config: Config, in_full: bool = True) -> dict:
+    """The metrics of a network, by name; not in full: those three that are quick."""
     train_h, train_z = embed(model, data.train_images)
-    mirror_h, _ = embed(model, data.train_images.flip(-1))
     test_h, test_z = embed(model, data.test_images)
     train_y, test_y = data.train_labels.to(train_h.device), data.test_labels.to(test_h.device)
+    metrics = {"knn": knn_accuracy(train_z, train_y, test_z, test_y), "uniformity": uniformity(test_z),
+               "tolerance": tolerance(test_z, test_y)}
+    if not in_full:
+        return metrics
     views = []
     for name in ("view 1", "view 2"):
         rng = generator(config.seed, name)
         view = lambda x: augment(x, draw_augmentation(len(x), rng, x.shape[-1]).to(x.device))
         views.append(embed(model, data.test_images, view)[1])
+    mirror_h, _ = embed(model, data.train_images.flip(-1))
     h = torch.stack([train_h, mirror_h])  # (2, N, 8·width)
     kept, held_out = (index.to(h.device) for index in hold_out(data.train_labels.cpu()))
     probe = functools.partial(linear_probe, lr=config.probe_lr, seed=config.seed)
-    return {
-        **embedding_metrics(train_z, train_y, test_z, test_y),
+    return metrics | {
         # Of test images; the probe learns from plain and mirrored training images.
         "accuracy": probe(h, train_y, test_h, test_y),
         # Of a fifth of the training images, by a probe that has not seen them: the number to choose a tau by.
@@ -1143,9 +1084,9 @@ def take_subset(data: Data, config: Config) -> Data:
     test = balanced_order(data.test_labels)[:config.test_subset]
     train_y, test_y = data.train_labels[train], data.test_labels[test]
     require(min(len(train), len(test)) >= 10, f"{data.name} has too few images: at least 10 are needed", BadInput)
-    seen = torch.isin(test_y, train_y).all() and len(hold_out(train_y)[1]) > 0
-    require(seen, f"{data.name}: {len(train)} training images are too few for its classes; every class that is tested "
-            "needs one, and some class two (see --subset)", BadInput)
+    enough = torch.isin(test_y, train_y).all() and len(hold_out(train_y)[1]) > 0
+    require(enough, f"{data.name}: each class that is tested needs a training image, one class two: {len(train)} are "
+            "too few (--subset)", BadInput)
     return Data(data.name, data.train_images[train], train_y, data.test_images[test], test_y)
 
 
@@ -1154,11 +1095,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-        return device
+        torch.zeros(1, device=name).cpu()
+        return torch.device(name)
     except Exception as error:  # PyTorch raises many kinds
         raise BadInput(f"device {name!r} can't be used: {error}".split("\n")[0])
 
@@ -1219,8 +1157,8 @@ CHECKPOINT_SECONDS = 60.0  # at least so many between two checkpoints, each at a
 
 
 def train(config: Config) -> dict:
-    """Train, evaluate, write the record and return it; what is done already is not done again. Sets PyTorch's threads
-    and CUDA device. Raises BadInput, NotFinite, or filelock.Timeout where another process is at work on this run."""
+    """Train, evaluate, write the record and return it; what is done already is not done again. Sets PyTorch's threads.
+    Raises BadInput, NotFinite, or filelock.Timeout where another process is at work on this run."""
     device = pick_device(config.device)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     data = take_subset(load_dataset(config.dataset, config.data, config.size), config)
@@ -1239,7 +1177,7 @@ def train(config: Config) -> dict:
             say(f"{path} is there already (--force runs it again)")
         else:
             machine = environment(device, in_bfloat16(config, device), in_graph(config, device))
-            data = data.to(device)
+            data = Data(data.name, *(tensor.to(device) for tensor in data[1:]))
             model, run = fit(config, data, checkpoint, identity)
             began = time.perf_counter()
             say("trained; evaluating")
@@ -1271,12 +1209,8 @@ def run_path(config: Config, dataset: str) -> Path:
 
 
 def as_json(value):
-    """The value as it comes back from JSON: lists for tuples; null for NaN and infinities, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: as_json(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value as it comes back from JSON: lists for tuples, None for NaN and infinities."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def record_sha256(record: dict) -> str:
@@ -1364,18 +1298,15 @@ def environment(device: torch.device, bfloat16: bool, graph: bool) -> dict:
 def make_parser(name: str = "ctl.py", description: str | None = __doc__) -> argparse.ArgumentParser:
     """A flag for each field of Config. --help prints the fields as they stand above, and the presets."""
     fields = inspect.getsource(Config).split('"""')[2].split("    def ")[0]
-    presets = "\n".join(f"    {preset}: {values}" for preset, values in PRESETS.items() if values)
-    settings = ("Each setting is a flag: batch_size is --batch-size 64, flip is --flip or --no-flip. The values are of the\n"
-                f"preset paper; in brackets stands where they come from.\n{fields}\nOther presets:\n{presets}")
+    presets = "\n".join(f"    {preset}: {values}" for preset, values in PRESETS.items())
+    settings = f"Each is a flag, such as --batch-size 64, --flip and --no-flip:\n{fields}\nPresets change:\n{presets}"
     parser = argparse.ArgumentParser(name, argparse.SUPPRESS, (description or "").split("Read from")[0], settings,
                                      formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     for field, hint in get_type_hints(Config).items():
-        options = dict(type=(get_args(hint) or (hint,))[0])
+        options = {} if get_origin(hint) is Literal else dict(type=(get_args(hint) or (hint,))[0])
         if hint is bool:
             options = dict(action=argparse.BooleanOptionalAction)
-        elif get_origin(hint) is Literal:
-            options = dict(choices=get_args(hint))
-        elif get_origin(hint) is tuple:
+        if get_origin(hint) is tuple:
             options["nargs"] = "*"
         flag = "--" + field.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
@@ -1396,10 +1327,7 @@ def exit_status(name: str, work: Callable, *arguments) -> int:
         words, status = str(error), 2
     except filelock.Timeout as error:
         words, status = f"another process is at work on this run (it holds {error.lock_file})", 3
-    except NotFinite as error:
-        words = f"not finite: {error}; nothing is recorded; try a lower --lr, --probe-lr or a larger --tau"
-        status = 1
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (NotFinite, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("memory|--no-graph", str(error)):
             raise
         words, status = f"{type(error).__name__}: {error}", 1
@@ -1409,15 +1337,7 @@ def exit_status(name: str, work: Callable, *arguments) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status, see `exit_status`."""
-    def work() -> None:
-        given = vars(make_parser().parse_args(argv))
-        config = make_config(**given)
-        if given.get("preset") is None:
-            why = ", as there is no CUDA GPU for the paper's own protocol" if config.preset == "mini" else ""
-            say(f"no preset given: {config.preset}{why}")
-        train(config)
-
-    return exit_status("ctl.py", work)
+    return exit_status("ctl.py", lambda: train(make_config(**vars(make_parser().parse_args(argv)))))
 
 
 if __name__ == "__main__":
