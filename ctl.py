@@ -23,7 +23,7 @@ Read from top to bottom; you may stop before room 8, which keeps files and reads
     7 Result    the paper's Table 1, and a run's result beside it
     8 Files     the record, the checkpoint, the lock of a run; the command line
 
-Data goes one way: images -> views -> embeddings -> similarities with the bank -> loss; embeddings -> metrics -> record.
+Data goes one way: images -> views -> embeddings -> similarities with the bank -> loss, or -> metrics -> record.
 Shapes are written (B, N): B images of a batch (the anchors) against all N training images.
 """
 from __future__ import annotations
@@ -56,6 +56,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
 
 
@@ -90,18 +91,17 @@ progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a term
 #     contrastive   tau · log sum_j exp(d_ij / tau)     any tau          (Eq. 1 times tau)
 #     simple        mean_j d_ij                         tau -> infinity  (Eq. 7 times tau, less its constant)
 #
-# The sums run over all columns: the positive is one of them, with d_ii = 0. The hard losses (Eq. 9; penalty, Eq. 8)
+# They run over all columns: the positive is one of them, with d_ii = 0. The hard losses (Eq. 9; penalty, Eq. 8)
 # keep the positive and the k largest of the others. `ahead` gives the d.
+#
+# similarity: (B, N) floating point, s_ij in [-1, 1]; 16 bits are computed in 32. positive: (B,) int64, the column
+# of each anchor's own image. tau: a number > 0, or a scalar tensor. k: how many negatives to keep; None: all.
+# A wrong argument raises ValueError; values are looked at on the CPU only.
 
 
 def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
-    """The contrastive loss of each anchor, Eq. 1; with k the hard contrastive loss, Eq. 9.
-
-    similarity: (B, N) floating point, s_ij in [-1, 1]; float16 and bfloat16 are computed in float32.
-    positive: (B,) int64, the column of each anchor's own image.
-    tau: the temperature, a number > 0 or a scalar tensor, in which the loss is differentiable too.
-    k: keep only the k nearest negatives (all where there are fewer).
-    Returns (B,), in [0, log N + 2/tau]. Raises ValueError; values are checked on the CPU only.
+    """The contrastive loss of each anchor, Eq. 1; with k the hard contrastive loss, Eq. 9. Returns (B,), in
+    [0, log N + 2/tau]. It is differentiable in similarity and in tau.
 
     >>> s = torch.tensor([[0.9, 0.5, -0.2]])
     >>> round(contrastive_loss(s, torch.tensor([0]), tau=0.1).item(), 6)  # log(1 + e^-4 + e^-11)
@@ -114,9 +114,7 @@ def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, 
 
 
 def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> Tensor:
-    """The simple loss of each anchor: Eq. 3, weighted as in Eq. 7; with k the hard simple loss.
-
-    Arguments and errors as in `contrastive_loss`. Returns (B,), in (-2, 2): it can be negative.
+    """The simple loss of each anchor: Eq. 3, weighted as in Eq. 7; with k the hard simple loss. (B,), in (-2, 2).
 
     >>> simple_loss(torch.tensor([[1.0, 0.5, -0.9]]), torch.tensor([0])).item()  # -2/3 · 1 + 1/3 · (0.5 - 0.9)
     -0.800000011920929
@@ -126,11 +124,8 @@ def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> T
 
 
 def triplet_loss(similarity: Tensor, positive: Tensor) -> Tensor:
-    """The limit of tau · (contrastive loss) as tau -> 0: a triplet loss without margin, Eq. 6 times tau.
-
-    Arguments and errors as in `contrastive_loss`. Returns (B,), in [0, 2]: 0 where the positive is nearest. Where
-    several negatives are nearest they share the gradient.
-    """
+    """The limit of tau · (contrastive loss) as tau -> 0, a triplet loss without margin: Eq. 6 times tau. (B,), in
+    [0, 2]: 0 where the positive is nearest. Where several negatives are nearest they share the gradient."""
     # Eq. 6 · tau: max(s_max - s_ii, 0); the positive's own column gives the 0
     return ahead(similarity, positive).amax(dim=1)
 
@@ -144,25 +139,19 @@ def ahead(similarity: Tensor, positive: Tensor, tau: float | Tensor = 1.0, k: in
 
 
 def loss_gradient(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
-    """The gradient of `contrastive_loss` with respect to the similarities, in closed form: Eq. 4.
-
-    To be read: training uses autograd, and the tests compare. Arguments and errors as in `contrastive_loss`. Returns
-    (B, N): in [0, 1/tau] at the negatives, in [-1/tau, 0] at the positive, 0 at negatives that k drops. Rows sum to 0.
-    """
+    """The gradient of `contrastive_loss` in the similarities, in closed form: Eq. 4. (B, N): in [0, 1/tau] at the
+    negatives, in [-1/tau, 0] at the positive. To be read: training uses autograd, and the tests compare."""
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own, dropped = own_and_dropped(similarity, positive, k)
     # Eq. 2: P_ij = exp(s_ij/tau) / sum_j exp(s_ij/tau), here at the negatives
     P = torch.softmax(similarity.masked_fill(dropped, -torch.inf) / tau, dim=1).masked_fill(own, 0.0)
-    # Eq. 4: dL/ds_ij = P_ij/tau and dL/ds_ii = -(1/tau) sum_{j != i} P_ij, which is exact where P_ii - 1 would cancel
+    # Eq. 4: dL/ds_ij = P_ij/tau and dL/ds_ii = -(1/tau) sum_{j != i} P_ij, exact where P_ii - 1 would cancel
     return torch.where(own, -P.sum(dim=1, keepdim=True), P) / tau
 
 
 def relative_penalty(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
-    """How the push on an anchor is shared among its negatives, Eq. 5 (Eq. 8 with k): a Boltzmann distribution.
-
-    To be read too; Fig. 3 is drawn with it. Arguments and errors as in `contrastive_loss`. Returns (B, N), in [0, 1],
-    each row summing to 1 (to 0 for N = 1): 0 at the positive, on which it does not depend, and where k drops.
-    """
+    """How the push on an anchor is shared among its negatives, Eq. 5 (Eq. 8 with k): a Boltzmann distribution. To
+    be read too, and Fig. 3. (B, N): each row sums to 1; 0 at the positive, on which it does not depend."""
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own, dropped = own_and_dropped(similarity, positive, k)
     # Eq. 5: r_i(s_ij) = exp(s_ij/tau) / sum_{j != i} exp(s_ij/tau)
@@ -171,8 +160,8 @@ def relative_penalty(similarity: Tensor, positive: Tensor, tau: float | Tensor, 
 
 def nearest_negatives(similarity: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest negatives of each anchor, those with s_ij >= s_alpha of Eq. 8: similarities and columns,
-    both (B, min(k, N - 1)), in no order; ties at place k as `topk` breaks them."""
-    # The positive is never among them. (The authors' code takes the nearest of all: normally the positive is one.)
+    (B, min(k, N - 1)) both, in no order."""
+    # The positive is never among them. (The authors' code takes the nearest of all, normally with the positive.)
     others = similarity.scatter(1, positive[:, None], -torch.inf)
     return others.topk(min(k, similarity.shape[1] - 1), dim=1, sorted=False)
 
@@ -186,7 +175,7 @@ def own_and_dropped(similarity: Tensor, positive: Tensor, k: int | None) -> tupl
 
 
 def check_similarity(similarity: Tensor, positive: Tensor, tau=1.0, k=None) -> tuple[Tensor, Tensor]:
-    """Raise ValueError where a wrong argument would pass unseen; return similarity, and s_ii as a column (B, 1)."""
+    """Refuse what would be wrong unseen. Returns similarity, and s_ii as a column (B, 1)."""
     require(similarity.is_floating_point(), "similarity must be (B, N) floating point")
     require(positive.shape == similarity.shape[:1], f"positive must be of shape ({len(similarity)},)")
     require(k is None or k >= 1, "k must be at least 1")
@@ -202,26 +191,23 @@ def check_similarity(similarity: Tensor, positive: Tensor, tau=1.0, k=None) -> t
 
 # ── 2  METRICS ─────────────────────────────────────────────────────── paper, sections 4 and 5.1, Eqs. 10-11, Fig. 8 ──
 #
-# z: (n, dim) unit vectors, what the loss sees. h: (n, features), what the linear probe sees. Labels: (n,) int64.
-# Each function raises ValueError for vectors or labels that do not fit.
+# z: (n, dim) unit vectors, what the loss sees. h: (n, d) features, what the linear probe sees. y: labels, (n,).
+# Vectors or labels that do not fit raise ValueError.
 
 ROWS = 256  # functions over all pairs work on so many rows at a time; nothing is subsampled
 
 
 @torch.no_grad()
 def uniformity(z: Tensor, t: float = 2.0) -> float:
-    """How evenly embeddings fill the sphere: -L_uniformity of Eq. 10, over the pairs i < j.
-
-    z: (n, dim) unit vectors, n > 1. Returns a value in [0, 4t]: 0 if all are equal, larger = more uniform (3.94 for
-    many vectors spread evenly over the sphere in 128 dimensions, at t = 2).
-    """
+    """How evenly embeddings fill the sphere: -L_uniformity of Eq. 10, over the pairs i < j. In [0, 4t]: 0 if all
+    are equal, larger = more uniform (3.94 for many vectors evenly spread in 128 dimensions, t = 2)."""
     check_vectors(z=z)
     n, total = len(z), 0.0
     for i in range(0, n, ROWS):
         s = inner_products(z[i:i + ROWS], z[i:])  # (b, n - i)
         # |z_i - z_j|² = 2 - 2 s_ij for unit vectors, so exp(-t |z_i - z_j|²) = exp(2t (s_ij - 1))
         terms = s.sub_(1).mul_(2 * t).exp_()
-        # The first b columns are these rows themselves: there each pair stands twice, and each vector beside itself.
+        # The first b columns are these rows themselves: each pair stands there twice, each vector beside itself.
         total += terms[:, len(s):].sum(dtype=torch.float64).item()
         total += terms[:, :len(s)].triu(1).sum(dtype=torch.float64).item()
     # Eq. 10: L_uniformity = log E exp(-t |f(x) - f(y)|²)
@@ -230,12 +216,9 @@ def uniformity(z: Tensor, t: float = 2.0) -> float:
 
 @torch.no_grad()
 def tolerance(z: Tensor, labels: Tensor) -> float:
-    """Mean similarity of two samples of one class: Eq. 11 as the paper's text and table mean it, over pairs i < j.
-
-    z: (n, dim) unit vectors; labels: (n,). Returns a value in [-1, 1]; nan where no class has two samples. (Eq. 11
-    as printed averages over *all* pairs, 0 where classes differ: with 100 classes that could not exceed 0.01, and
-    Table 1 has 0.39.)
-    """
+    """Mean similarity of two samples of one class: Eq. 11 as text and table mean it, over pairs i < j. In [-1, 1];
+    nan where no class has two samples. (Eq. 11 as printed is a mean over *all* pairs, 0 where classes differ: with
+    100 classes that is at most 0.01, and Table 1 has 0.39.)"""
     check_vectors(z=z)
     check_labels(labels=(labels, z))
     _, label, count = labels.unique(return_inverse=True, return_counts=True)
@@ -248,10 +231,7 @@ def tolerance(z: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def alignment(z1: Tensor, z2: Tensor) -> float:
-    """Mean squared distance of the two views of each image (Wang & Isola, ICML 2020, with exponent 2).
-
-    z1, z2: (n, dim) unit vectors, row i of both from image i. Returns a value in [0, 4], 0 if the views coincide.
-    """
+    """Mean squared distance of the two views of each image, in [0, 4] (Wang & Isola, ICML 2020, exponent 2)."""
     check_vectors(z1=z1, z2=z2)
     require(z1.shape == z2.shape, "z1 and z2 must have one shape")
     return (z1.double() - z2.double()).square().sum(dim=1).mean().item()
@@ -259,11 +239,9 @@ def alignment(z1: Tensor, z2: Tensor) -> float:
 
 @torch.no_grad()
 def similarity_profile(z: Tensor, z2: Tensor, positive: Tensor, top: int = 10) -> Tensor:
-    """Mean similarity of the positive, then of the nearest, second nearest, … negative: a panel of Fig. 8.
-
-    z: (n, dim) unit vectors, the anchors. z2: (m, dim) unit vectors to compare with, row `positive[i]` being anchor
-    i's own. Returns (1 + top,) float64 on the CPU, in [-1, 1]; nan where there are fewer negatives than that.
-    """
+    """Mean similarity of the positive, then of the nearest, second nearest, … negative: a panel of Fig. 8. z: the
+    anchors; z2: (m, dim), what they are compared with, row `positive[i]` being anchor i's own. Returns (1 + top,)
+    float64 on the CPU; nan where there are fewer negatives than that."""
     check_vectors(z=z, z2=z2)
     require(positive.shape == z.shape[:1] and top >= 0, f"positive must be of shape ({len(z)},), top at least 0")
     found = min(top, len(z2) - 1)
@@ -278,11 +256,8 @@ def similarity_profile(z: Tensor, z2: Tensor, positive: Tensor, top: int = 10) -
 @torch.no_grad()
 def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor,
                  k: int = 200, temperature: float = 0.07) -> float:
-    """Percent of test images whose k nearest training images vote for their class, with weights exp(s/temperature).
-
-    train_z, test_z: (n, dim), (m, dim) unit vectors. All n vote where n < k. The authors' protocol (Wu et al., CVPR
-    2018).
-    """
+    """Percent of test images whose k nearest training images vote for their class, by exp(s/temperature) each.
+    All vote where there are fewer. The protocol is the authors' (Wu et al., CVPR 2018)."""
     check_vectors(train_z=train_z, test_z=test_z)
     check_labels(train_y=(train_y, train_z), test_y=(test_y, test_z))
     require(k >= 1 and temperature > 0, "k must be at least 1, temperature above 0")
@@ -305,11 +280,9 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
                  gamma: float = 0.2, batch_size: int = 256, seed: int = 0) -> float:
     """Percent of test images that a linear classifier on frozen features gets right, after its last epoch.
 
-    train_h: (n, d) features, or (V, n, d) for V views of each image, of which each epoch picks one at random (an
-    image and its mirror image: training with random flips). test_h: (m, d). SGD without weight decay, lr · gamma at
-    the milestones (paper, section 5.1; batch, momentum and flips from the authors' code, which reports its best epoch
-    on the test set). Raises NotFinite where it diverges.
-    """
+    train_h: (n, d), or (V, n, d) for V views of each image, of which each epoch picks one at random (an image and
+    its mirror image: training with random flips). SGD without weight decay, lr · gamma at the milestones (paper,
+    5.1; batch, momentum and flips from the authors' code, which reports its best epoch on the test set)."""
     views = train_h.detach() if train_h.ndim == 3 else train_h.detach()[None]  # (V, n, d)
     check_vectors(unit=False, train_h=views.flatten(0, 1), test_h=test_h)
     check_labels(train_y=(train_y, views[0]), test_y=(test_y, test_h))
@@ -333,7 +306,8 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
                 optimiser.step()
             schedule.step()
         predicted = F.linear(test_h, weight.detach(), bias.detach()).argmax(dim=1)
-    require(weight.isfinite().all() and bias.isfinite().all(), "the probe is not finite: try a lower --probe-lr", NotFinite)
+    finite = weight.isfinite().all() and bias.isfinite().all()
+    require(finite, "the probe's weights are not finite: try a lower --probe-lr", NotFinite)
     return 100 * (predicted == test_y).double().mean().item()
 
 
@@ -349,16 +323,16 @@ def matmul_precision(device: torch.device, bfloat16: bool = False):
 
 
 def check_vectors(unit: bool = True, **sets: Tensor) -> None:
-    """Raise ValueError unless all sets hold vectors (n, dim) that are finite and, if so, unit."""
+    """All sets must hold vectors that are finite and, if so, unit."""
     for name, z in sets.items():
-        require(z.ndim == 2 and z.dtype in (torch.float32, torch.float64), f"{name} must be (n, dim) float32 or 64")
+        require(z.ndim == 2 and z.dtype in (torch.float, torch.double), f"{name} must be (n, dim) float32 or float64")
         require(z.isfinite().all(), f"{name} must be finite, but holds NaN or infinity", NotFinite)
         require(not unit or ((torch.linalg.vector_norm(z, dim=1) - 1).abs() < 1e-3).all(),
                 f"{name} must hold unit vectors: divide each row by its length first")
 
 
 def check_labels(**pairs: tuple[Tensor, Tensor]) -> None:
-    """Raise ValueError unless there is a label for each of the rows, one at least. name=(labels, rows)."""
+    """There must be a label for each of the rows, one at least. name=(labels, rows)."""
     for name, (labels, rows) in pairs.items():
         require(labels.shape == rows.shape[:1] and len(rows) > 0, f"{name} must be a label for each of the rows")
 
@@ -369,9 +343,8 @@ def check_labels(**pairs: tuple[Tensor, Tensor]) -> None:
 class MemoryBank:
     """g(x_j) of every training image j: a moving average of its embeddings, a unit row each, (N, dim).
 
-    size: N. momentum: the share of the old row that stays, in [0, 1] (0.5 in the authors' code). init: "random",
-    rows drawn evenly from the sphere with `generator`, or the embeddings (N, dim) to begin with. Raises ValueError.
-    """
+    size: N. momentum: the share of the old row that stays. init: "random", rows drawn evenly from the sphere with
+    `generator`, or the embeddings (N, dim) to begin with."""
 
     def __init__(self, size: int, dim: int = 128, momentum: float = 0.5, init: str | Tensor = "random",
                  generator: torch.Generator | None = None, device: torch.device | str = "cpu"):
@@ -391,7 +364,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def update(self, index: Tensor, z: Tensor) -> None:
-        """Move the rows `index` (B,) towards the embeddings z (B, dim) of these images, and back to the sphere."""
+        """Move the rows `index` (B,) towards the embeddings z (B, dim) of their images, back on the sphere."""
         old = self.rows[index]
         require(z.shape == old.shape, f"z must be {tuple(old.shape)}, an embedding for each index")
         mixed = self.momentum * old + (1 - self.momentum) * z.float()
@@ -410,8 +383,8 @@ class Block(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != out:
-            # Every second pixel, then a convolution of stride 1: the same as a 1x1 convolution of stride 2, whose
-            # weight gradient corrupts memory on CPUs where channels are few (uxlfoundation/oneDNN#6035).
+            # Every second pixel, then stride 1: the same as a 1x1 convolution of stride 2, whose weight gradient
+            # corrupts memory on CPUs where channels are few (uxlfoundation/oneDNN#6035).
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), nn.Conv2d(channels, out, 1, bias=False),
                                           nn.BatchNorm2d(out))
 
@@ -421,11 +394,9 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """f(x): ResNet-18 with a 3x3 first convolution of stride 1 and no max-pooling, for images of 32x32.
-
-    x: (B, 3, size, size), normalised. width: channels of the first stage (64 in the paper); dim: of the embedding;
-    bfloat16: run in bfloat16. Convolutions start He-normal (fan-out), the head Xavier-uniform (authors' code).
-    """
+    """f(x): ResNet-18 with a 3x3 first convolution of stride 1 and no max-pooling, for images of 32x32. width:
+    channels of the first stage; dim: of the embedding; bfloat16: run in bfloat16. Convolutions start He-normal
+    (fan-out), the head Xavier-uniform (authors' code)."""
 
     def __init__(self, width: int = 64, dim: int = 128, bfloat16: bool = False):
         super().__init__()
@@ -470,8 +441,7 @@ class Data(NamedTuple):
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for tensor in self[1:]:
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().contiguous().view(-1).numpy())
+            digest.update(repr(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -480,7 +450,7 @@ DOWNLOADS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.da
 
 
 def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Data:
-    """The dataset of that name, downloaded into `root` unless it is there; or else a folder of images. Raises BadInput."""
+    """The dataset of that name, downloaded into `root` unless it is there; or a folder of images."""
     if dataset in DOWNLOADS:
         require(size == 32, f"{dataset} has images of 32x32: give --size 32", BadInput)
         return load_download(dataset, Path(root).expanduser())
@@ -504,32 +474,32 @@ def load_download(name: str, root: Path) -> Data:
                             torch.as_tensor(files.labels if name == "svhn" else files.targets)]
     except Exception as error:  # of the file system, the network, the archive
         broken = root / getattr(DOWNLOADS[name], "base_folder", "*_32x32.mat")
-        raise BadInput(f"cannot load {name} ({error}): run the command again; if that does not help, remove {broken} "
-                       f"or put the files into {root} (--data); or give a --dataset that is a folder, or waves")
+        raise BadInput(f"cannot load {name} ({error}): run the command again; if that does not help, remove "
+                       f"{broken}, or put the files into {root} (--data), or give a --dataset: a folder, or waves")
     return Data(name, *tensors)
 
 
 def load_folder(folder: str | Path, size: int = 32) -> Data:
-    """A folder with train/<class>/* and test/<class>/*: images of any size, upright (EXIF), the shorter side resized
-    to `size` (antialiased), the middle square cut out. What is hidden is left out. Raises BadInput."""
+    """A folder with train/<class>/* and test/<class>/*: images of any size, upright (EXIF), the shorter side
+    resized to `size` (antialiased), the middle square cut out. What is hidden is left out."""
     folder, tensors = Path(folder).expanduser().resolve(), []
     square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
 
     def wanted(path: str) -> bool:
         hidden = "/." in Path(path).as_posix().removeprefix(folder.as_posix())
-        return not hidden and path.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+        return not hidden and path.lower().endswith(IMG_EXTENSIONS)
     try:
         train, test = (sorted(entry.name for entry in os.scandir(folder / part)
                               if entry.is_dir() and entry.name[0] != ".") for part in ("train", "test"))
-        require(set(test) <= set(train), f"{folder / 'test'} has classes that train lacks")
-        for part, names in (("train", train), ("test", test)):
-            label = {name: train.index(name) for name in names}
-            files = torchvision.datasets.folder.make_dataset(str(folder / part), label, is_valid_file=wanted)
-            images = [square(read_image(path)) for path, _ in progress(files, f"reading {part}")]
-            tensors += [torch.stack(images), torch.tensor([label for _, label in files])]
-    except (OSError, ValueError) as error:  # no folder, no class, an empty class, a broken image
-        raise BadInput(f"{error} (a folder must hold train/<class>/* and test/<class>/*; a name, cifar10 or so)")
-    require(len(train) > 1, f"{folder / 'train'} has one class alone: at least two are needed", BadInput)
+        require(len(train) > 1 and set(test) <= set(train), f"{folder}/train needs two classes, and all of test's")
+        files = [make_dataset(folder / part, {name: train.index(name) for name in names}, is_valid_file=wanted)
+                 for part, names in (("train", train), ("test", test))]
+    except (OSError, ValueError) as error:  # no folder, no class, a class without images
+        raise BadInput(f"{error}: a dataset is {', '.join(DOWNLOADS)}, waves, or a folder with images in "
+                       "train/<class>/ and test/<class>/")
+    for part in files:
+        images = [square(read_image(path)) for path, _ in progress(part, "reading images")]
+        tensors += [torch.stack(images), torch.tensor([label for _, label in part])]
     # The name stands in tables and file names, where it must not pass for that of a dataset.
     name = re.sub(r"[^\w .-]", "_", folder.name)[:80] or "images"
     return Data(name + "-folder" * (name in (*DOWNLOADS, "waves")), *tensors)
@@ -555,14 +525,14 @@ def rank_in_class(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
-    """A random order of the images. Every prefix has as many of each class, to within one, until a class runs out."""
+    """A random order of the images: a prefix has as many of each class, to within one, until a class runs out."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     rank, _ = rank_in_class(labels[shuffled])
     return shuffled[rank.argsort(stable=True)]
 
 
 def hold_out(labels: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """The images to keep, and a random fifth of each class to hold out: one at least, but none of a class of one."""
+    """The images to keep, and a fifth of each class to hold out: one at least, but none of a class of one."""
     order = balanced_order(labels, seed)
     rank, count = rank_in_class(labels[order])
     held_out = (count > 1) & (rank < (count // 5).clamp(min=1))
@@ -589,17 +559,14 @@ class Augmentation:
         return Augmentation(*(value[rows] for value in vars(self).values()))
 
     def to(self, device: torch.device | str) -> Augmentation:
-        # Without waiting; but on MPS such a copy may read memory that was freed meanwhile (pytorch#139550).
-        at_once = torch.device(device).type == "cuda"
+        at_once = torch.device(device).type == "cuda"  # Apple's MPS could read freed memory (pytorch#139550)
         return Augmentation(*(value.to(device, non_blocking=at_once) for value in vars(self).values()))
 
 
 def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, flip: bool = True) -> Augmentation:
-    """Draw what to do to `count` images of size x size, by the paper's settings and torchvision's distribution.
-
-    RandomResizedCrop(size, scale=(0.2, 1)), ColorJitter(0.4, 0.4, 0.4, 0.4), horizontal flip, RandomGrayscale(0.2).
-    A crop that does not fit is drawn again, ten times at most, then the whole image is taken, as torchvision does.
-    """
+    """Draw what to do to `count` images: RandomResizedCrop(size, scale=(0.2, 1)), ColorJitter(0.4, 0.4, 0.4, 0.4),
+    horizontal flip, RandomGrayscale(0.2), by torchvision's law. A crop that does not fit is drawn again, ten times
+    at most; then the whole image is taken."""
     def rand(*shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=generator, dtype=torch.float32)
 
@@ -619,11 +586,8 @@ def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, fl
 
 
 def augment(images: Tensor, drawn: Augmentation) -> Tensor:
-    """Do to each image what was drawn for it, on one device.
-
-    images: uint8 (B, 3, s, s). Returns float32 (B, 3, s, s) in [0, 1]. Equal to torchvision's transforms on float
-    images; its PIL pipeline rounds to 256 levels after every step. Raises ValueError for images that are not uint8.
-    """
+    """Do to each image, uint8 (B, 3, s, s), what was drawn for it. Returns float32 (B, 3, s, s) in [0, 1], equal to
+    torchvision's transforms on float images; its PIL pipeline rounds to 256 levels after every step."""
     require(images.dtype == torch.uint8, "images must be uint8, 0 to 255")
     if images.device.type != "cpu":
         return augment_at_once(images, drawn)
@@ -640,8 +604,8 @@ def augment_at_once(images: Tensor, drawn: Augmentation) -> Tensor:
         x = rows[:, None] @ (images.float() / 255)  # (B, 3, size, size)
         # One product an image: its channels share `columns`.
         x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, (3, size))
-    # Each image has its own order of the four colour operations, say contrast, hue, brightness, saturation. Hue is
-    # expensive and done once for all: after the blends that come before it (contrast), before those that come after.
+    # Each image has its own order of four colour operations, say contrast, hue, brightness, saturation. Hue is
+    # expensive and done once, for all: after the blends that come before it (contrast), before the others.
     hue_place = (drawn.order == HUE).int().argmax(dim=1)  # (B,)
     for place in range(3):
         x = blend(x, drawn, place, place < hue_place)
@@ -665,7 +629,7 @@ def grey_of(x: Tensor) -> Tensor:
 
 
 def blend(x: Tensor, drawn: Augmentation, place: int, active: Tensor) -> Tensor:
-    """Blend towards black (brightness), the mean grey (contrast) or each pixel's grey (saturation), where active."""
+    """Blend towards black (brightness), mean grey (contrast) or each pixel's grey (saturation), where active."""
     operation = drawn.order[:, place]
     factor = drawn.factor.gather(1, operation[:, None])[:, 0]
     operation, factor = operation[:, None, None, None], torch.where(active, factor, 1.0)[:, None, None, None]
@@ -684,8 +648,8 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(value == g, (b - r).div_(c).add_(2), (r - g).div_(c).add_(4))
     hue = torch.where(value == r, (g - b).div_(c), hue)
     hue += 6 * shift[:, None, None]  # in sixths of the circle
-    # HSV to RGB: a channel is V - C · max(0, min(a, 4 - a, 1)) with a = (hue + 5) mod 6 for red, 3 for green, 1 for
-    # blue: each falls from V to V - C and rises again, a third of the circle after the one before.
+    # HSV to RGB: a channel is V - C · max(0, min(a, 4 - a, 1)) with a = (hue + 5) mod 6 for red, + 3 for green, + 1
+    # for blue: each falls from V to V - C and rises again, a third of the circle after the one before.
     corner = torch.arange(5.0, 0.0, -2.0, device=x.device, dtype=torch.float32)[:, None, None]  # 5, 3, 1
     angle = corner + hue[:, None]  # (B, 3, s, s)
     angle -= (angle / 6).floor_().mul_(6)  # modulo 6, at a third of what % costs
@@ -693,7 +657,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     return share.mul_(chroma[:, None]).neg_().add_(value[:, None])
 
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, by the authors' code for every dataset
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, for all datasets (authors' code)
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -704,7 +668,7 @@ def normalise(x: Tensor) -> Tensor:
 
 
 def load_waves(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
-    """Ten classes of pattern, made by code, for who has no dataset: one to five waves that cross, soft or hard-edged.
+    """Ten classes of pattern, made by code, for who has no dataset: one to five waves that cross, soft or hard.
     A crop still shows which. All else is nuisance: place, scale, rotation, colours, contrast and noise."""
     n, rng = train + test, torch.Generator().manual_seed(0)
 
@@ -734,7 +698,7 @@ def load_waves(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
 
 PROTOCOL_VERSION = 1  # goes up when the same settings would give other results, but for rounding
 
-# Each loss, and the settings that it needs. A new loss is a row here; a new setting is a field of Config as well.
+# Each loss, and the settings that it needs. A new loss is a row here, and a name in Config, as is a new setting.
 LOSSES = {
     "contrastive": (contrastive_loss, ("tau",)),
     "hard": (contrastive_loss, ("tau", "k")),
@@ -746,14 +710,12 @@ LOSSES = {
 
 @dataclass
 class Config:
-    """The settings of one run; the defaults are the paper's protocol, `make_config` fills in a preset.
-
-    In brackets: where a value comes from. Raises BadInput for a setting that is wrong, or that would be ignored.
-    """
+    """The settings of one run; the defaults are the paper's protocol, `make_config` fills in a preset. In brackets
+    stands where a value comes from. A setting that is wrong, or would be ignored, raises BadInput."""
     loss: Literal["contrastive", "hard", "simple", "hard-simple", "triplet"] = "contrastive"  # [Eqs. 1, 3, 6, 9]
     tau: float | None = None  # temperature of contrastive and hard; None: 0.3 [paper, 5]
-    dataset: str = "cifar10"  # or cifar100, svhn, waves (made by code), a folder with train/<class>/*, test/<class>/*
-    preset: Literal["paper", "narrow", "mini", "quick", "smoke"] = "paper"  # fills what is left open [our choice]
+    dataset: str = "cifar10"  # or cifar100, svhn, waves (made by code), a folder with train/<class>, test/<class>
+    preset: Literal["paper", "narrow", "mini", "quick", "smoke"] = "paper"  # fills what is left open [ours]
     seed: int = 0  # every random draw follows from it [paper: one run each]
     epochs: int = 200  # passes over the training images [paper, 5.1]
     batch_size: int = 128  # images of a step; the last step of an epoch may have fewer [paper, 5.1]
@@ -766,18 +728,18 @@ class Config:
     schedule: Literal["step", "cosine"] = "step"  # the rate falls by gamma at the milestones, or as a cosine to 0
     milestones: tuple[int, ...] = (160, 190)  # in epochs, whatever `epochs` is; step schedule [paper, 5.1]
     gamma: float = 0.1  # factor at each milestone; step schedule [paper, 5.1]
-    warmup: float = 0.0  # epochs over which the learning rate rises from 0 [our choice]
+    warmup: float = 0.0  # epochs over which the learning rate rises from 0 [ours]
     bank_momentum: float = 0.5  # share of a bank row that an update keeps [authors' code]
-    bank_init: Literal["random", "embeddings"] = "random"  # [authors' code]; embeddings: see centre_head [our choice]
+    bank_init: Literal["random", "embeddings"] = "random"  # [authors' code]; embeddings, see centre_head [ours]
     k: int | None = None  # nearest negatives of the hard losses; None: the preset's, see NEGATIVES [paper, 5.2]
-    subset: int | None = None  # train on at most that many images, of each class as many [our choice]
-    test_subset: int | None = None  # test on at most that many images, likewise [our choice]
+    subset: int | None = None  # train on at most that many images, of each class as many [ours]
+    test_subset: int | None = None  # test on at most that many images, likewise [ours]
     flip: bool = True  # horizontal flips in pretraining; evaluation has them always [paper, not its code]
-    match_step: bool = False  # multiply the loss by tau, so that the step does not grow as 1/tau [our choice]
-    # Of the network; similarities and loss are float32. auto: bfloat16 on a GPU that has it, else float32 [our choice]
+    match_step: bool = False  # multiply the loss by tau, so that the step does not grow as 1/tau [ours]
+    # Of the network; similarities and loss are float32. auto: bfloat16 on a GPU that has it, else float32 [ours]
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    probe_lr: float = 30.0  # of the linear probe [paper, 5.1]; 0.3 suits small widths [by images it does not train on]
-    eval_every: int = 10  # epochs between two looks at kNN, uniformity, tolerance; 0: none [our choice]
+    probe_lr: float = 30.0  # of the linear probe [paper, 5.1]; 0.3 suits small widths [by images not used]
+    eval_every: int = 10  # epochs between two looks at kNN, uniformity, tolerance; 0: none [ours]
     # Where it runs; no part of the record.
     device: str = "auto"  # cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps, ...
     threads: int | None = None  # of the CPU; None: as PyTorch chooses
@@ -799,7 +761,7 @@ class Config:
                         f"{'at least' if name in MAY_BE_0 else 'above'} 0 and below 2^31, not {value}", BadInput)
                 setattr(self, name, kinds[0](value))
         require(self.size % 8 == 0 and self.size > 8, "size must be a multiple of 8, 16 or more", BadInput)
-        require(max(self.momentum, self.bank_momentum) <= 1, "momentum, bank_momentum must be at most 1", BadInput)
+        require(max(self.momentum, self.bank_momentum) <= 1, "momentum, bank_momentum: at most 1", BadInput)
         # What the loss needs; what would be ignored.
         _, needs = LOSSES[self.loss]
         for name, usual in (("tau", 0.3), ("k", NEGATIVES[self.preset])):
@@ -807,8 +769,8 @@ class Config:
             require(name in needs or value is None, f"the {self.loss} loss has no {name}: leave it out", BadInput)
             setattr(self, name, usual if name in needs and value is None else value)
         for name in needs:
-            require(getattr(self, name) is not None, f"the {self.loss} loss needs {name}, which has no value", BadInput)
-        require(self.tau or not self.match_step, f"the {self.loss} loss has no tau: leave out match_step", BadInput)
+            require(getattr(self, name, None) is not None, f"the {self.loss} loss needs a {name}", BadInput)
+        require(self.tau or not self.match_step, f"match_step: the {self.loss} loss has no tau", BadInput)
         ignored = self.schedule == "cosine" and (self.milestones, self.gamma) != (Config.milestones, Config.gamma)
         require(not ignored, "milestones and gamma are of schedule step: leave them out with cosine", BadInput)
 
@@ -822,14 +784,13 @@ MAY_BE_0 = ("seed", "momentum", "weight_decay", "gamma", "warmup", "bank_momentu
 SMALL = dict(schedule="cosine", warmup=3.0, bank_init="embeddings", probe_lr=0.3)
 PRESETS = {
     "paper": {},  # section 5.1; for a GPU
-    # All images, a narrow network: two to three hours on a core. A tenth of the images: a quarter of an hour.
-    "narrow": dict(SMALL, width=16, epochs=40, lr=0.1),
-    "mini": dict(SMALL, width=16, epochs=60, lr=0.1, batch_size=64, subset=5000),
+    "narrow": dict(SMALL, width=16, epochs=40, lr=0.1),  # all images: two to three hours on a core
+    "mini": dict(SMALL, width=16, epochs=60, lr=0.1, batch_size=64, subset=5000),  # a quarter of an hour
     # A demonstration without data, two minutes on a core; and seconds, for tests.
-    "quick": dict(SMALL, width=8, epochs=160, lr=0.01, batch_size=16, subset=500, test_subset=1000, dataset="waves",
-                  size=24, eval_every=0),
-    "smoke": dict(SMALL, width=4, dim=16, epochs=3, lr=0.03, warmup=1.0, batch_size=16, subset=100, test_subset=100,
-                  dataset="waves", eval_every=2),
+    "quick": dict(SMALL, width=8, epochs=160, lr=0.01, batch_size=16, subset=500, test_subset=1000, eval_every=0,
+                  dataset="waves", size=24),
+    "smoke": dict(SMALL, width=4, dim=16, epochs=3, lr=0.03, warmup=1.0, batch_size=16, subset=100,
+                  test_subset=100, eval_every=2, dataset="waves"),
 }
 NEGATIVES = {"paper": 4095, "narrow": 4095, "mini": 409, "quick": 200, "smoke": 8}  # k, where the loss has one
 
@@ -857,8 +818,8 @@ def generator(*key) -> torch.Generator:
 
 
 def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[ResNet18, dict]:
-    """Train as in section 5.1, from the checkpoint or else from the start. Returns the network, and of its training
-    the metrics before it, an entry for each epoch and the seconds. Raises NotFinite."""
+    """Train as in section 5.1, from the checkpoint or else from the start. Returns the network, and the run: the
+    metrics before training, an entry for each epoch, the seconds."""
     images, device = data.train_images, data.train_images.device
     model, optimiser, bank, run = start(config, data, checkpoint, identity)
     done, spent = len(run["history"]), run["seconds"]
@@ -866,8 +827,8 @@ def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[R
     step = graphed or train_step
     began = last_save = time.perf_counter()
     for epoch in range(done, config.epochs):
-        permutation = torch.randperm(len(images), generator=generator(config.seed, "order", epoch))
-        batches = permutation.to(device).split(config.batch_size)
+        shuffled = torch.randperm(len(images), generator=generator(config.seed, "order", epoch)).to(device)
+        batches = shuffled.split(config.batch_size)
         losses = torch.zeros(len(batches), device=device)  # a look at them would make a GPU wait
         for batch, index in enumerate(progress(batches, f"epoch {epoch + 1}")):
             rate = learning_rate(config, epoch + batch / len(batches))
@@ -879,10 +840,11 @@ def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[R
             if graphed and graphed.graph and graphed.taken == graphed.WARM_UP + 50:
                 say(graphed.forecast((config.epochs - epoch) * len(batches) - batch - 1))
         for value in (losses, bank.rows, *model.state_dict().values()):
-            require(value.isfinite().all(), f"the loss, the weights or the bank in epoch {epoch + 1} are not finite: "
-                    "try a lower --lr or a larger --tau", NotFinite)
+            require(value.isfinite().all(), f"loss, weights or bank are not finite in epoch {epoch + 1}: try a "
+                    "lower --lr or a larger --tau", NotFinite)
         # The last, smaller batch weighs in the mean like the others; lr is the epoch's first.
-        entry = {"epoch": epoch + 1, "loss": losses.cpu().double().mean().item(), "lr": learning_rate(config, epoch)}
+        mean = losses.cpu().double().mean().item()
+        entry = {"epoch": epoch + 1, "loss": mean, "lr": learning_rate(config, epoch)}
         if config.eval_every and (epoch + 1) % config.eval_every == 0 and epoch + 1 < config.epochs:
             entry |= evaluate(model, data, config, in_full=False)  # nothing is chosen by it
         run["history"].append(entry)
@@ -902,8 +864,8 @@ def start(config: Config, data: Data, checkpoint: Path, identity: dict):
     """Network, optimiser, bank and run as the checkpoint left them; else as the seed draws them."""
     images, began = data.train_images, time.perf_counter()
     N, device = len(images), images.device
-    say(f"{loss_name(config.loss, config.tau)}, {data.name} ({N:,} training images), preset {config.preset}, seed "
-        f"{config.seed}: {config.epochs} epochs on {device}, threads: {torch.get_num_threads()}")
+    say(f"{loss_name(config.loss, config.tau)}, {data.name} ({N:,} training images), preset {config.preset}, "
+        f"seed {config.seed}: {config.epochs} epochs on {device}, threads: {torch.get_num_threads()}")
     model, optimiser = make_model(config, device)
     if checkpoint.exists():
         saved = load_checkpoint(checkpoint)
@@ -922,9 +884,9 @@ def start(config: Config, data: Data, checkpoint: Path, identity: dict):
     return model, optimiser, bank, {"untrained": untrained, "history": [], "seconds": time.perf_counter() - began}
 
 
-def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor, index: Tensor,
-               drawn: Augmentation, config: Config) -> Tensor:
-    """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the mean loss, ()."""
+def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor,
+               index: Tensor, drawn: Augmentation, config: Config) -> Tensor:
+    """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the mean loss."""
     # index: (B,), the images of the batch, and so each anchor's own column
     views = normalise(augment(images[index], drawn.to(images.device)))  # (B, 3, size, size)
     z = model(views)  # (B, dim)
@@ -945,14 +907,12 @@ def training_loss(config: Config, similarity: Tensor, positive: Tensor) -> Tenso
 
 
 class GraphedStep:
-    """`train_step` on a CUDA GPU, launched as one graph: one by one its kernels take longer to launch than to run.
+    """`train_step` on a CUDA GPU, launched as one graph: its kernels take longer to launch one by one than to run.
 
     A graph repeats kernels on the addresses and with the numbers that they were captured with. So what changes from
-    step to step is copied to where the graph reads it: the batch's indices, what was drawn, and `rate`, the learning
-    rate, which the optimiser must hold as this tensor. Weights, momenta, statistics, bank and images are tensors that
-    stay where they are. The first steps run as they are (they make the momenta, and libraries choose their kernels),
-    and so do those of fewer images.
-    """
+    step to step is copied to where the graph reads it: the batch's indices, what was drawn, and `rate`, the
+    learning rate, which the optimiser must hold. Weights, momenta, statistics, bank and images stay where they are.
+    The first steps run as they are, to make the momenta; so does a batch of fewer images."""
     WARM_UP = 3  # steps before the capture
 
     def __init__(self, device: torch.device):
@@ -1002,8 +962,8 @@ def in_graph(config: Config, device: torch.device) -> bool:
 
 
 def in_bfloat16(config: Config, device: torch.device) -> bool:
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.precision == "bfloat16" or (config.precision == "auto" and native)
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bfloat16" or (config.precision == "auto" and has_it)
 
 
 def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.optim.SGD]:
@@ -1018,11 +978,9 @@ def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.op
 
 @torch.no_grad()
 def centre_head(model: ResNet18, images: Tensor, config: Config) -> Tensor:
-    """Set the head's bias so that its untrained outputs have zero mean; return them, (N, dim), not normalised.
-
-    An untrained network maps all images into one narrow cone (similarity 0.99), which losses that push all negatives
-    alike hardly leave. The pass over augmented views, in training mode, also sets batch normalisation's statistics.
-    """
+    """Set the head's bias so that its untrained outputs have zero mean; return them, (N, dim), not normalised. Else
+    all images lie in one narrow cone (similarity 0.99), which losses that push all negatives alike hardly leave.
+    The pass over augmented views, in training mode, also sets batch normalisation's running statistics."""
     outputs = []
     for step, batch in enumerate(images.split(config.batch_size)):
         drawn = draw_augmentation(len(batch), generator(config.seed, "centre", step), config.size, config.flip)
@@ -1035,8 +993,8 @@ def centre_head(model: ResNet18, images: Tensor, config: Config) -> Tensor:
 
 @torch.no_grad()
 def embed(model: ResNet18, images: Tensor, view: Callable = lambda x: x.float() / 255) -> tuple[Tensor, Tensor]:
-    """Features h (n, 8·width) and embeddings z (n, dim) of a view of each image, the plain one if not given, in
-    evaluation mode. images: uint8 (n, 3, s, s); view: from uint8 to float32 in [0, 1]. Raises ValueError."""
+    """Features h (n, 8·width) and embeddings z (n, dim) of a view of each image, uint8 (n, 3, s, s). view: from uint8
+    to float32 in [0, 1]; not given, the plain image."""
     require(images.dtype == torch.uint8, "images must be uint8, 0 to 255")
     training = model.training
     model.eval()
@@ -1078,20 +1036,19 @@ def evaluate(model: ResNet18, data: Data, config: Config, in_full: bool = True) 
 
 
 def take_subset(data: Data, config: Config) -> Data:
-    """The images in class-balanced order, the same for every seed; the first of them where the config wants fewer.
-    Raises BadInput where too few are left to train on, or to measure by."""
+    """The images in class-balanced order, the same for every seed, or the first of them."""
     train = balanced_order(data.train_labels)[:config.subset]
     test = balanced_order(data.test_labels)[:config.test_subset]
     train_y, test_y = data.train_labels[train], data.test_labels[test]
     require(min(len(train), len(test)) >= 10, f"{data.name} has too few images: at least 10 are needed", BadInput)
     enough = torch.isin(test_y, train_y).all() and len(hold_out(train_y)[1]) > 0
-    require(enough, f"{data.name}: each class that is tested needs a training image, one class two: {len(train)} are "
-            "too few (--subset)", BadInput)
+    require(enough, f"{data.name}: {len(train)} training images (--subset) are too few: each class that is tested "
+            "needs one, and one class two", BadInput)
     return Data(data.name, data.train_images[train], train_y, data.test_images[test], test_y)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; auto: cuda, else mps, else cpu. Raises BadInput where it can't be used."""
+    """The device of that name; auto: cuda, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -1101,9 +1058,9 @@ def pick_device(name: str) -> torch.device:
         raise BadInput(f"device {name!r} can't be used: {error}".split("\n")[0])
 
 
-# ── 7  RESULT ──────────────────────────────────────────────────────────────────────────────── paper, section 5, Table 1 ──
+# ── 7  RESULT ──────────────────────────────────────────────────────────────────────────── paper, section 5, Table 1 ──
 
-# The paper's Table 1, without ImageNet-100 (ResNet-50): linear accuracy in %, uniformity and tolerance of each cell.
+# The paper's Table 1, without ImageNet-100 (ResNet-50): linear accuracy in %, uniformity, tolerance of each cell.
 CELLS = (("contrastive", 0.07), ("contrastive", 0.3), ("contrastive", 0.7), ("contrastive", 1.0), ("simple", None),
          ("hard", 0.07), ("hard", 0.3), ("hard", 0.7), ("hard", 1.0), ("hard-simple", None))
 TABLE_1 = {
@@ -1127,7 +1084,7 @@ TABULATED = ("accuracy", "uniformity", "tolerance")
 
 
 def paper_values(dataset: str, loss: str, tau: float | None) -> dict[str, float | None]:
-    """The paper's values of a cell (a row of its table), or None; a folder called cifar10-… stands beside CIFAR-10."""
+    """The paper's values of a cell, or None; a folder called cifar10-… stands beside CIFAR-10."""
     dataset = dataset.split("-")[0]
     more = PAPER_ACCURACY.get(dataset, {}).get(tau) if loss == "contrastive" else None
     return dict(zip(TABULATED, PAPER.get(dataset, {}).get((loss, tau), (more, None, None))))
@@ -1151,21 +1108,22 @@ def show(record: dict, path: Path) -> None:
     say(f"record: {path}")
 
 
-# ── 8  FILES AND COMMAND ────────────────────────────────────────────────── nothing of the paper: you may stop here ──
+# ── 8  FILES AND COMMAND ─────────────────────────────────────────────────── nothing of the paper: you may stop here ──
 
 CHECKPOINT_SECONDS = 60.0  # at least so many between two checkpoints, each at an epoch's end
 
 
 def train(config: Config) -> dict:
-    """Train, evaluate, write the record and return it; what is done already is not done again. Sets PyTorch's threads.
-    Raises BadInput, NotFinite, or filelock.Timeout where another process is at work on this run."""
+    """Train, evaluate, write the record and return it; what is done already is not done again. Sets PyTorch's
+    threads. Raises BadInput, NotFinite, OSError; filelock.Timeout where another process is at work on this run."""
     device = pick_device(config.device)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     data = take_subset(load_dataset(config.dataset, config.data, config.size), config)
     config = dataclasses.replace(config, dataset=data.name)  # a folder's own name: no path in the record
     path = Path(config.out).expanduser() / f"{run_path(config, data.name)}.json"
     checkpoint = path.with_suffix(".pt")
-    identity = dict(protocol_version=PROTOCOL_VERSION, config=as_json(config.recorded()), data_sha256=data.sha256())
+    identity = {"protocol_version": PROTOCOL_VERSION, "config": as_json(config.recorded()),
+                "data_sha256": data.sha256()}
     path.parent.mkdir(parents=True, exist_ok=True)  # an error here is better than after hours
     with hold_lock(path.with_suffix(".lock")):
         if config.force:
@@ -1197,8 +1155,7 @@ def loss_name(loss: str, tau: float | None) -> str:
 
 
 def run_path(config: Config, dataset: str) -> Path:
-    """<preset>/<dataset>/<loss>[_tau<tau>][_<field>-<value>…]_seed<k>: each setting that departs from the preset is in
-    the name, so that no run can stand where another belongs."""
+    """<preset>/<dataset>/<loss>[_tau<tau>][_<field>-<value>…]_seed<seed>: all that departs from the preset."""
     same = {field: getattr(config, field) for field in ("loss", "tau", "seed", "dataset")}
     usual = make_config(config.preset, **same).recorded()
     name = loss_name(config.loss, config.tau)
@@ -1220,7 +1177,7 @@ def record_sha256(record: dict) -> str:
 
 
 def read_record(path: Path) -> dict:
-    """A record that is whole. Raises BadInput for one that is broken or was edited."""
+    """A record that is whole: not broken, not edited."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         require(record["sha256"] == record_sha256(record), "its sha256 does not fit")
@@ -1236,7 +1193,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """What a run saved, on the CPU. Raises BadInput where the file can't be read or is damaged; it stays."""
+    """What a run saved, on the CPU. A damaged file is refused, and stays."""
     try:
         with zipfile.ZipFile(path) as file:  # what torch.save writes; torch.load checks no checksum
             require(not file.testzip(), "a checksum is wrong")
@@ -1248,9 +1205,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def check_same_run(path: Path, found: dict, wanted: dict) -> None:
-    """Raise BadInput, naming what differs, where a record or checkpoint is of another config, data or version."""
-    there, here = ({**run["config"], "version": run["protocol_version"], "data_sha256": run["data_sha256"]}
-                   for run in (found, wanted))
+    """Refuse a record or checkpoint of another config, data or version, naming what differs."""
+    there, here = ({"protocol_version": run.get("protocol_version"), "data_sha256": run.get("data_sha256"),
+                    **run.get("config", {})} for run in (found, wanted))
     for key in sorted(there.keys() | here.keys()):
         old, new = there.get(key, "missing"), here.get(key, "missing")
         require(old == new, f"{path} is of another run: {key} is {old} there, {new} here; move it away, or give "
@@ -1299,7 +1256,7 @@ def make_parser(name: str = "ctl.py", description: str | None = __doc__) -> argp
     """A flag for each field of Config. --help prints the fields as they stand above, and the presets."""
     fields = inspect.getsource(Config).split('"""')[2].split("    def ")[0]
     presets = "\n".join(f"    {preset}: {values}" for preset, values in PRESETS.items())
-    settings = f"Each is a flag, such as --batch-size 64, --flip and --no-flip:\n{fields}\nPresets change:\n{presets}"
+    settings = f"Flags, such as --batch-size 64, --flip or --no-flip:\n{fields}\nThe presets change:\n{presets}"
     parser = argparse.ArgumentParser(name, argparse.SUPPRESS, (description or "").split("Read from")[0], settings,
                                      formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     for field, hint in get_type_hints(Config).items():
@@ -1314,13 +1271,13 @@ def make_parser(name: str = "ctl.py", description: str | None = __doc__) -> argp
 
 
 def exit_status(name: str, work: Callable, *arguments) -> int:
-    """Do the work; what goes wrong is one line on standard error. Returns the exit status: 0 done, 1 failed, 2 wrong
-    use or bad input, 3 another process is at work on the run, 130 interrupted."""
+    """Do the work; what goes wrong is one line on standard error. Returns 0: done, 1: failed, 2: wrong use or bad
+    input, 3: another process is at work on the run, 130: interrupted."""
     try:
         work(*arguments)
         return 0
     except SystemExit as stop:  # argparse has said why
-        return int(stop.code or 0)
+        return stop.code if isinstance(stop.code, int) else 2 * bool(stop.code)
     except KeyboardInterrupt:
         words, status = "interrupted; the same command goes on from the last checkpoint, if there is one", 130
     except BadInput as error:
