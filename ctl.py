@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Understanding the Behaviour of Contrastive Loss (Wang & Liu, CVPR 2021), reproduced in one file.
 
-    python ctl.py --tau 0.3         # one run on CIFAR-10: train, evaluate, put the result beside the paper's
+    python ctl.py --tau 0.3         # one run on CIFAR-10: the paper's protocol on a CUDA GPU, else a small one
     python ctl.py --preset quick    # the same in two minutes, on images made by code
     python ctl.py --help            # every setting with its source, and the presets
     bash reproduce.sh               # Table 1 on CIFAR and SVHN; then tables, verdicts and figures
@@ -23,7 +23,7 @@ Read from top to bottom; you may stop before room 8, which keeps files and reads
     7 Result    the paper's Table 1, and a run's result beside it
     8 Files     the record, the checkpoint, the lock of a run; the command line
 
-Data goes one way: images -> views -> embeddings -> similarities with the bank -> loss, or -> metrics -> record.
+Data goes one way: images -> views -> embeddings -> similarities with the bank -> loss; embeddings -> metrics.
 Shapes are written (B, N): B images of a batch (the anchors) against all N training images.
 """
 from __future__ import annotations
@@ -91,12 +91,12 @@ progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a term
 #     contrastive   tau · log sum_j exp(d_ij / tau)     any tau          (Eq. 1 times tau)
 #     simple        mean_j d_ij                         tau -> infinity  (Eq. 7 times tau, less its constant)
 #
-# They run over all columns: the positive is one of them, with d_ii = 0. The hard losses (Eq. 9; penalty, Eq. 8)
-# keep the positive and the k largest of the others. `ahead` gives the d.
+# All three go over all columns: the positive is one of them, with d_ii = 0. The hard losses (Eq. 9; their penalty
+# is Eq. 8) keep the positive and the k largest of the others. `ahead` gives the d.
 #
 # similarity: (B, N) floating point, s_ij in [-1, 1]; 16 bits are computed in 32. positive: (B,) int64, the column
 # of each anchor's own image. tau: a number > 0, or a scalar tensor. k: how many negatives to keep; None: all.
-# A wrong argument raises ValueError; values are looked at on the CPU only.
+# What would go wrong unseen raises ValueError; values are looked at on the CPU only.
 
 
 def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
@@ -108,7 +108,7 @@ def contrastive_loss(similarity: Tensor, positive: Tensor, tau: float | Tensor, 
     0.018166
     """
     d = ahead(similarity, positive, tau, k)
-    # Eq. 1: L = -log[ exp(s_ii/tau) / sum_j exp(s_ij/tau) ] = log sum_j exp((s_ij - s_ii)/tau)
+    # Eq. 1: L = -log[ exp(s_ii/tau) / sum_j exp(s_ij/tau) ] = log sum_j exp(d_ij/tau)
     # logsumexp takes the largest out before exp, so that nothing overflows. In place, as (B, N) may be large.
     return torch.logsumexp(d.div_(tau), dim=1)
 
@@ -119,7 +119,7 @@ def simple_loss(similarity: Tensor, positive: Tensor, k: int | None = None) -> T
     >>> simple_loss(torch.tensor([[1.0, 0.5, -0.9]]), torch.tensor([0])).item()  # -2/3 · 1 + 1/3 · (0.5 - 0.9)
     -0.800000011920929
     """
-    # Eq. 7 · tau - constant: -(n-1)/n · s_ii + 1/n · sum_{kept negatives} s_ij, with n = 1 + (negatives kept)
+    # Eq. 7 · tau - constant, with n columns kept: -(n-1)/n · s_ii + 1/n · sum_{j != i} s_ij
     return ahead(similarity, positive, k=k).mean(dim=1)
 
 
@@ -131,7 +131,7 @@ def triplet_loss(similarity: Tensor, positive: Tensor) -> Tensor:
 
 
 def ahead(similarity: Tensor, positive: Tensor, tau: float | Tensor = 1.0, k: int | None = None) -> Tensor:
-    """d_ij = s_ij - s_ii, (B, N); with k of the positive, then of the k nearest negatives, (B, 1 + k)."""
+    """d_ij = s_ij - s_ii, (B, N); with k, of the positive and its k nearest negatives. tau is checked only."""
     similarity, s_ii = check_similarity(similarity, positive, tau, k)
     if k is not None:
         similarity = torch.cat([s_ii, nearest_negatives(similarity, positive, k)[0]], dim=1)
@@ -140,27 +140,27 @@ def ahead(similarity: Tensor, positive: Tensor, tau: float | Tensor = 1.0, k: in
 
 def loss_gradient(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
     """The gradient of `contrastive_loss` in the similarities, in closed form: Eq. 4. (B, N): in [0, 1/tau] at the
-    negatives, in [-1/tau, 0] at the positive. To be read: training uses autograd, and the tests compare."""
+    negatives, in [-1/tau, 0] at the positive. For the reader: training uses autograd, tests compare the two."""
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own, dropped = own_and_dropped(similarity, positive, k)
-    # Eq. 2: P_ij = exp(s_ij/tau) / sum_j exp(s_ij/tau), here at the negatives
+    # Eq. 2: P_ij = exp(s_ij/tau) / sum_m exp(s_im/tau), here at the negatives
     P = torch.softmax(similarity.masked_fill(dropped, -torch.inf) / tau, dim=1).masked_fill(own, 0.0)
-    # Eq. 4: dL/ds_ij = P_ij/tau and dL/ds_ii = -(1/tau) sum_{j != i} P_ij, exact where P_ii - 1 would cancel
+    # Eq. 4: dL/ds_ij = P_ij/tau and dL/ds_ii = -(1/tau) sum_{m != i} P_im, exact where P_ii - 1 would cancel
     return torch.where(own, -P.sum(dim=1, keepdim=True), P) / tau
 
 
 def relative_penalty(similarity: Tensor, positive: Tensor, tau: float | Tensor, k: int | None = None) -> Tensor:
-    """How the push on an anchor is shared among its negatives, Eq. 5 (Eq. 8 with k): a Boltzmann distribution. To
-    be read too, and Fig. 3. (B, N): each row sums to 1; 0 at the positive, on which it does not depend."""
+    """How the push on an anchor is shared among its negatives, Eq. 5 (Eq. 8 with k): a Boltzmann distribution.
+    (B, N), rows sum to 1: 0 at the positive and at negatives that k drops. For the reader, and for Fig. 3."""
     similarity, _ = check_similarity(similarity, positive, tau, k)
     own, dropped = own_and_dropped(similarity, positive, k)
-    # Eq. 5: r_i(s_ij) = exp(s_ij/tau) / sum_{j != i} exp(s_ij/tau)
+    # Eq. 5: r_i(s_ij) = exp(s_ij/tau) / sum_{m != i} exp(s_im/tau). The last mask is for N = 1, no negative.
     return torch.softmax(similarity.masked_fill(own | dropped, -torch.inf) / tau, dim=1).masked_fill(own, 0.0)
 
 
 def nearest_negatives(similarity: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest negatives of each anchor, those with s_ij >= s_alpha of Eq. 8: similarities and columns,
-    (B, min(k, N - 1)) both, in no order."""
+    (B, min(k, N - 1)) both, in any order."""
     # The positive is never among them. (The authors' code takes the nearest of all, normally with the positive.)
     others = similarity.scatter(1, positive[:, None], -torch.inf)
     return others.topk(min(k, similarity.shape[1] - 1), dim=1, sorted=False)
@@ -175,7 +175,7 @@ def own_and_dropped(similarity: Tensor, positive: Tensor, k: int | None) -> tupl
 
 
 def check_similarity(similarity: Tensor, positive: Tensor, tau=1.0, k=None) -> tuple[Tensor, Tensor]:
-    """Refuse what would be wrong unseen. Returns similarity, and s_ii as a column (B, 1)."""
+    """Raise ValueError for what would go wrong unseen. Returns similarity, and s_ii as a column (B, 1)."""
     require(similarity.is_floating_point(), "similarity must be (B, N) floating point")
     require(positive.shape == similarity.shape[:1], f"positive must be of shape ({len(similarity)},)")
     require(k is None or k >= 1, "k must be at least 1")
@@ -184,7 +184,7 @@ def check_similarity(similarity: Tensor, positive: Tensor, tau=1.0, k=None) -> t
     # Reading values would make a GPU wait, and break a graph that is being compiled.
     if similarity.device.type == "cpu" and not torch.compiler.is_compiling():
         least = torch.finfo(similarity.dtype).tiny
-        require(tau is not True and least <= tau < math.inf, f"tau must be finite and above 0, not {tau}")
+        require(tau is not True and least <= tau < math.inf, f"tau must be a number above 0, finite, not {tau}")
         require(similarity.isfinite().all(), "similarity holds NaN or infinity", NotFinite)
     return similarity, similarity.gather(1, positive[:, None])
 
@@ -194,7 +194,7 @@ def check_similarity(similarity: Tensor, positive: Tensor, tau=1.0, k=None) -> t
 # z: (n, dim) unit vectors, what the loss sees. h: (n, d) features, what the linear probe sees. y: labels, (n,).
 # Vectors or labels that do not fit raise ValueError.
 
-ROWS = 256  # functions over all pairs work on so many rows at a time; nothing is subsampled
+ROWS = 256  # functions over all pairs work on this many rows at a time; nothing is subsampled
 
 
 @torch.no_grad()
@@ -203,11 +203,12 @@ def uniformity(z: Tensor, t: float = 2.0) -> float:
     are equal, larger = more uniform (3.94 for many vectors evenly spread in 128 dimensions, t = 2)."""
     check_vectors(z=z)
     n, total = len(z), 0.0
+    require(n > 1, "z must hold two vectors or more")
     for i in range(0, n, ROWS):
         s = inner_products(z[i:i + ROWS], z[i:])  # (b, n - i)
         # |z_i - z_j|² = 2 - 2 s_ij for unit vectors, so exp(-t |z_i - z_j|²) = exp(2t (s_ij - 1))
         terms = s.sub_(1).mul_(2 * t).exp_()
-        # The first b columns are these rows themselves: each pair stands there twice, each vector beside itself.
+        # The first b columns are the block against itself: there only i < j counts.
         total += terms[:, len(s):].sum(dtype=torch.float64).item()
         total += terms[:, :len(s)].triu(1).sum(dtype=torch.float64).item()
     # Eq. 10: L_uniformity = log E exp(-t |f(x) - f(y)|²)
@@ -318,14 +319,14 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def matmul_precision(device: torch.device, bfloat16: bool = False):
-    """A context in which matrix products and convolutions run in bfloat16, or else in their tensors' own dtype."""
+    """A context for matrix products and convolutions: in bfloat16, or else in their tensors' own dtype."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def check_vectors(unit: bool = True, **sets: Tensor) -> None:
-    """All sets must hold vectors that are finite and, if so, unit."""
+    """All sets must hold vectors that are finite, and of length 1 where `unit`."""
     for name, z in sets.items():
-        require(z.ndim == 2 and z.dtype in (torch.float, torch.double), f"{name} must be (n, dim) float32 or float64")
+        require(z.ndim == 2 and z.dtype in (torch.float, torch.double), f"{name} must be (n, dim) float or double")
         require(z.isfinite().all(), f"{name} must be finite, but holds NaN or infinity", NotFinite)
         require(not unit or ((torch.linalg.vector_norm(z, dim=1) - 1).abs() < 1e-3).all(),
                 f"{name} must hold unit vectors: divide each row by its length first")
@@ -383,8 +384,7 @@ class Block(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != out:
-            # Every second pixel, then stride 1: the same as a 1x1 convolution of stride 2, whose weight gradient
-            # corrupts memory on CPUs where channels are few (uxlfoundation/oneDNN#6035).
+            # As a 1x1 convolution of stride 2, whose gradient fails on some CPUs (uxlfoundation/oneDNN#6035).
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), nn.Conv2d(channels, out, 1, bias=False),
                                           nn.BatchNorm2d(out))
 
@@ -459,12 +459,11 @@ def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Dat
 
 def load_download(name: str, root: Path) -> Data:
     """CIFAR-10, CIFAR-100 or SVHN through torchvision, which checks the MD5 sums."""
-    tensors = []
+    tensors, lock = [], filelock.FileLock(root / ".download.lock", mode=0o666)  # for all users
     socket.setdefaulttimeout(socket.getdefaulttimeout() or 30)  # torchvision sets none, and would wait for ever
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # One process downloads, the others wait; any user may take the lock. A read-only folder needs none.
-        lock = filelock.FileLock(root / ".download.lock", mode=0o666)
+        # One process downloads, the others wait. A folder that can only be read needs no lock.
         with lock if os.access(root, os.W_OK) else contextlib.nullcontext():
             for part in ("train", "test"):
                 which = {"split": part} if name == "svhn" else {"train": part == "train"}
@@ -491,7 +490,7 @@ def load_folder(folder: str | Path, size: int = 32) -> Data:
     try:
         train, test = (sorted(entry.name for entry in os.scandir(folder / part)
                               if entry.is_dir() and entry.name[0] != ".") for part in ("train", "test"))
-        require(len(train) > 1 and set(test) <= set(train), f"{folder}/train needs two classes, and all of test's")
+        require(len(train) > 1 and set(test) <= set(train), f"{folder}/train needs two classes, and those of test")
         files = [make_dataset(folder / part, {name: train.index(name) for name in names}, is_valid_file=wanted)
                  for part, names in (("train", train), ("test", test))]
     except (OSError, ValueError) as error:  # no folder, no class, a class without images
@@ -500,7 +499,7 @@ def load_folder(folder: str | Path, size: int = 32) -> Data:
     for part in files:
         images = [square(read_image(path)) for path, _ in progress(part, "reading images")]
         tensors += [torch.stack(images), torch.tensor([label for _, label in part])]
-    # The name stands in tables and file names, where it must not pass for that of a dataset.
+    # The name stands in tables and file names, where it must not be that of a dataset.
     name = re.sub(r"[^\w .-]", "_", folder.name)[:80] or "images"
     return Data(name + "-folder" * (name in (*DOWNLOADS, "waves")), *tensors)
 
@@ -532,7 +531,7 @@ def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
 
 
 def hold_out(labels: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """The images to keep, and a fifth of each class to hold out: one at least, but none of a class of one."""
+    """The images to keep, and a fifth of each class to hold out, one at least; a class of one keeps it."""
     order = balanced_order(labels, seed)
     rank, count = rank_in_class(labels[order])
     held_out = (count > 1) & (rank < (count // 5).clamp(min=1))
@@ -565,8 +564,8 @@ class Augmentation:
 
 def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, flip: bool = True) -> Augmentation:
     """Draw what to do to `count` images: RandomResizedCrop(size, scale=(0.2, 1)), ColorJitter(0.4, 0.4, 0.4, 0.4),
-    horizontal flip, RandomGrayscale(0.2), by torchvision's law. A crop that does not fit is drawn again, ten times
-    at most; then the whole image is taken."""
+    horizontal flip, RandomGrayscale(0.2), distributed as in torchvision. A crop that does not fit is drawn again,
+    ten times at most; then the whole image is taken."""
     def rand(*shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=generator, dtype=torch.float32)
 
@@ -580,14 +579,14 @@ def draw_augmentation(count: int, generator: torch.Generator, size: int = 32, fl
     height = torch.where(found, height.gather(1, first)[:, 0], size)
     top, left = (rand() * (size - height + 1)).long(), (rand() * (size - width + 1)).long()
     factor = torch.cat([0.6 + 0.8 * rand(3), -0.4 + 0.8 * rand(1)], dim=1)
-    # The order of the draws is part of the protocol: a flip is drawn also where it is not wanted.
+    # A flip is drawn also where it is not wanted, so that the later draws stay the same.
     return Augmentation(crop=torch.stack([top, left, height, width], dim=1), flip=(rand() < 0.5) & flip,
                         order=rand(4).argsort(dim=1), factor=factor, grey=rand() < 0.2)
 
 
 def augment(images: Tensor, drawn: Augmentation) -> Tensor:
-    """Do to each image, uint8 (B, 3, s, s), what was drawn for it. Returns float32 (B, 3, s, s) in [0, 1], equal to
-    torchvision's transforms on float images; its PIL pipeline rounds to 256 levels after every step."""
+    """Do to each image, uint8 (B, 3, s, s), what was drawn for it. Returns float32 (B, 3, s, s) in [0, 1]: what
+    torchvision's transforms give on float images. Its PIL pipeline rounds to 256 levels after every step."""
     require(images.dtype == torch.uint8, "images must be uint8, 0 to 255")
     if images.device.type != "cpu":
         return augment_at_once(images, drawn)
@@ -605,7 +604,7 @@ def augment_at_once(images: Tensor, drawn: Augmentation) -> Tensor:
         # One product an image: its channels share `columns`.
         x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, (3, size))
     # Each image has its own order of four colour operations, say contrast, hue, brightness, saturation. Hue is
-    # expensive and done once, for all: after the blends that come before it (contrast), before the others.
+    # expensive and done once for all: blends with place < hue_place (contrast) run before it, others after.
     hue_place = (drawn.order == HUE).int().argmax(dim=1)  # (B,)
     for place in range(3):
         x = blend(x, drawn, place, place < hue_place)
@@ -648,8 +647,8 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(value == g, (b - r).div_(c).add_(2), (r - g).div_(c).add_(4))
     hue = torch.where(value == r, (g - b).div_(c), hue)
     hue += 6 * shift[:, None, None]  # in sixths of the circle
-    # HSV to RGB: a channel is V - C · max(0, min(a, 4 - a, 1)) with a = (hue + 5) mod 6 for red, + 3 for green, + 1
-    # for blue: each falls from V to V - C and rises again, a third of the circle after the one before.
+    # HSV to RGB: a channel is V - C · max(0, min(a, 4 - a, 1)), a = (hue + 5) mod 6 for red, + 3 for green, + 1 for
+    # blue: each falls from V to V - C and rises again, a third of the circle after the one before.
     corner = torch.arange(5.0, 0.0, -2.0, device=x.device, dtype=torch.float32)[:, None, None]  # 5, 3, 1
     angle = corner + hue[:, None]  # (B, 3, s, s)
     angle -= (angle / 6).floor_().mul_(6)  # modulo 6, at a third of what % costs
@@ -662,13 +661,13 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, fo
 
 def normalise(x: Tensor) -> Tensor:
     """Views as the network wants them: the authors' mean and standard deviation, channels last."""
-    # Made where x is: a GPU would wait for a copy from the host, and no graph can hold one.
+    # Made where x is: a GPU would have to wait for a copy from the host.
     mean, std = (torch.cat([x.new_full((1, 1, 1), value) for value in values]) for values in (MEAN, STD))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def load_waves(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
-    """Ten classes of pattern, made by code, for who has no dataset: one to five waves that cross, soft or hard.
+    """Ten classes of images made by code, for those without a dataset: one to five waves that cross, soft or hard.
     A crop still shows which. All else is nuisance: place, scale, rotation, colours, contrast and noise."""
     n, rng = train + test, torch.Generator().manual_seed(0)
 
@@ -698,7 +697,7 @@ def load_waves(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
 
 PROTOCOL_VERSION = 1  # goes up when the same settings would give other results, but for rounding
 
-# Each loss, and the settings that it needs. A new loss is a row here, and a name in Config, as is a new setting.
+# Each loss, and the settings that it needs. A new one: a row here, its name in Config.loss, new settings as fields.
 LOSSES = {
     "contrastive": (contrastive_loss, ("tau",)),
     "hard": (contrastive_loss, ("tau", "k")),
@@ -711,22 +710,22 @@ LOSSES = {
 @dataclass
 class Config:
     """The settings of one run; the defaults are the paper's protocol, `make_config` fills in a preset. In brackets
-    stands where a value comes from. A setting that is wrong, or would be ignored, raises BadInput."""
+    stands where a value comes from. A setting that is wrong, or that the loss has no use for, raises BadInput."""
     loss: Literal["contrastive", "hard", "simple", "hard-simple", "triplet"] = "contrastive"  # [Eqs. 1, 3, 6, 9]
-    tau: float | None = None  # temperature of contrastive and hard; None: 0.3 [paper, 5]
+    tau: float | None = None  # temperature of contrastive and hard [paper, 5]; None: 0.3 [ours]
     dataset: str = "cifar10"  # or cifar100, svhn, waves (made by code), a folder with train/<class>, test/<class>
     preset: Literal["paper", "narrow", "mini", "quick", "smoke"] = "paper"  # fills what is left open [ours]
-    seed: int = 0  # every random draw follows from it [paper: one run each]
+    seed: int = 0  # every draw of the training follows from it [paper: one run each]
     epochs: int = 200  # passes over the training images [paper, 5.1]
     batch_size: int = 128  # images of a step; the last step of an epoch may have fewer [paper, 5.1]
     size: int = 32  # height and width of the images, a multiple of 8 [paper, 5.1]
     width: int = 64  # channels of the first stage of ResNet-18 [paper, 5.1]
     dim: int = 128  # dimensions of the embedding [paper, 5.1]
-    lr: float = 0.03  # learning rate [paper, 5.1; mini: by accuracy_heldout]
+    lr: float = 0.03  # learning rate [paper, 5.1; the other presets': ours, by held-out labels]
     momentum: float = 0.9  # of SGD [paper, 5.1]
     weight_decay: float = 5e-4  # of SGD, on all parameters [paper, 5.1]
     schedule: Literal["step", "cosine"] = "step"  # the rate falls by gamma at the milestones, or as a cosine to 0
-    milestones: tuple[int, ...] = (160, 190)  # in epochs, whatever `epochs` is; step schedule [paper, 5.1]
+    milestones: tuple = (160, 190)  # in epochs, whatever `epochs` is; step schedule [paper, 5.1]
     gamma: float = 0.1  # factor at each milestone; step schedule [paper, 5.1]
     warmup: float = 0.0  # epochs over which the learning rate rises from 0 [ours]
     bank_momentum: float = 0.5  # share of a bank row that an update keeps [authors' code]
@@ -738,27 +737,30 @@ class Config:
     match_step: bool = False  # multiply the loss by tau, so that the step does not grow as 1/tau [ours]
     # Of the network; similarities and loss are float32. auto: bfloat16 on a GPU that has it, else float32 [ours]
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    probe_lr: float = 30.0  # of the linear probe [paper, 5.1]; 0.3 suits small widths [by images not used]
+    probe_lr: float = 30.0  # of the linear probe [paper, 5.1]; 0.3 suits small widths [ours, by unused images]
     eval_every: int = 10  # epochs between two looks at kNN, uniformity, tolerance; 0: none [ours]
     # Where it runs; no part of the record.
     device: str = "auto"  # cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps, ...
     threads: int | None = None  # of the CPU; None: as PyTorch chooses
     data: str = "data"  # folder where downloads are or go
-    out: str = "runs"  # folder of the table: <out>/<preset>/<dataset>/ holds record and checkpoint
+    out: str = "runs"  # folder of records and checkpoints: <out>/<preset>/<dataset>/
     graph: bool = True  # on a CUDA GPU, launch a step as one graph
     force: bool = False  # begin again: delete the run's checkpoint and record first
 
     def __post_init__(self):
-        # Each setting alone; 1 and 1.0 give one file name.
+        # Each setting alone; 1 becomes 1.0 where a float is wanted.
         self.milestones = tuple(self.milestones)
         for name, hint in get_type_hints(Config).items():
             value, kinds = getattr(self, name), get_args(hint) or (hint,)
             if get_origin(hint) is Literal:
                 require(value in kinds, f"{name} must be one of {', '.join(kinds)}, not {value!r}", BadInput)
-            elif type(value) in (int, float):
+                continue
+            fits = isinstance(value, kinds) or (kinds[0] is float and type(value) is int)
+            require(fits and value != "", f"{name} must be {kinds[0].__name__}, not {value!r}", BadInput)
+            if type(value) in (int, float):
+                least = "at least" if name in MAY_BE_0 else "above"
                 in_range = 1e-30 <= value < 2 ** 31 or (value == 0 and name in MAY_BE_0)
-                require(in_range and kinds[0](value) == value, f"{name} must be {kinds[0].__name__}, "
-                        f"{'at least' if name in MAY_BE_0 else 'above'} 0 and below 2^31, not {value}", BadInput)
+                require(in_range, f"{name} must be {least} 0 and below 2^31, not {value}", BadInput)
                 setattr(self, name, kinds[0](value))
         require(self.size % 8 == 0 and self.size > 8, "size must be a multiple of 8, 16 or more", BadInput)
         require(max(self.momentum, self.bank_momentum) <= 1, "momentum, bank_momentum: at most 1", BadInput)
@@ -823,26 +825,23 @@ def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[R
     images, device = data.train_images, data.train_images.device
     model, optimiser, bank, run = start(config, data, checkpoint, identity)
     done, spent = len(run["history"]), run["seconds"]
-    graphed = GraphedStep(device) if in_graph(config, device) else None
-    step = graphed or train_step
+    steps = (config.epochs - done) * math.ceil(len(images) / config.batch_size)
+    step = GraphedStep(device, steps) if in_graph(config, device) else train_step
     began = last_save = time.perf_counter()
     for epoch in range(done, config.epochs):
-        shuffled = torch.randperm(len(images), generator=generator(config.seed, "order", epoch)).to(device)
-        batches = shuffled.split(config.batch_size)
+        shuffled = torch.randperm(len(images), generator=generator(config.seed, "order", epoch))
+        batches = shuffled.to(device).split(config.batch_size)
         losses = torch.zeros(len(batches), device=device)  # a look at them would make a GPU wait
         for batch, index in enumerate(progress(batches, f"epoch {epoch + 1}")):
-            rate = learning_rate(config, epoch + batch / len(batches))
             for group in optimiser.param_groups:
-                group["lr"] = graphed.rate.fill_(rate) if graphed else rate
+                group["lr"] = learning_rate(config, epoch + batch / len(batches))
             rng = generator(config.seed, "views", epoch, batch)
             drawn = draw_augmentation(len(index), rng, config.size, config.flip)
             losses[batch] = step(model, bank, optimiser, images, index, drawn, config)
-            if graphed and graphed.graph and graphed.taken == graphed.WARM_UP + 50:
-                say(graphed.forecast((config.epochs - epoch) * len(batches) - batch - 1))
         for value in (losses, bank.rows, *model.state_dict().values()):
             require(value.isfinite().all(), f"loss, weights or bank are not finite in epoch {epoch + 1}: try a "
                     "lower --lr or a larger --tau", NotFinite)
-        # The last, smaller batch weighs in the mean like the others; lr is the epoch's first.
+        # The last, smaller batch weighs in the mean like the others; lr is that of the epoch's first step.
         mean = losses.cpu().double().mean().item()
         entry = {"epoch": epoch + 1, "loss": mean, "lr": learning_rate(config, epoch)}
         if config.eval_every and (epoch + 1) % config.eval_every == 0 and epoch + 1 < config.epochs:
@@ -886,7 +885,7 @@ def start(config: Config, data: Data, checkpoint: Path, identity: dict):
 
 def train_step(model: nn.Module, bank: MemoryBank, optimiser: torch.optim.Optimizer, images: Tensor,
                index: Tensor, drawn: Augmentation, config: Config) -> Tensor:
-    """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the mean loss."""
+    """One step: images -> views -> embeddings -> similarities -> loss -> weights -> bank. Returns the loss, ()."""
     # index: (B,), the images of the batch, and so each anchor's own column
     views = normalise(augment(images[index], drawn.to(images.device)))  # (B, 3, size, size)
     z = model(views)  # (B, dim)
@@ -907,21 +906,23 @@ def training_loss(config: Config, similarity: Tensor, positive: Tensor) -> Tenso
 
 
 class GraphedStep:
-    """`train_step` on a CUDA GPU, launched as one graph: its kernels take longer to launch one by one than to run.
+    """`train_step` on a CUDA GPU, launched as one graph: one by one its kernels take longer to launch than to run.
 
-    A graph repeats kernels on the addresses and with the numbers that they were captured with. So what changes from
-    step to step is copied to where the graph reads it: the batch's indices, what was drawn, and `rate`, the
-    learning rate, which the optimiser must hold. Weights, momenta, statistics, bank and images stay where they are.
-    The first steps run as they are, to make the momenta; so does a batch of fewer images."""
-    WARM_UP = 3  # steps before the capture
+    A graph repeats kernels on the addresses and with the numbers that they were captured with. What changes from
+    step to step is copied to where the graph reads it: the batch's indices, what was drawn, the learning rate.
+    Weights, momenta, statistics, bank and images stay where they are. The first steps run as they are, so that
+    there are momenta; so does a batch of fewer images. steps: how many there will be, for the forecast."""
+    WARM_UP, FORECAST = 3, 53  # steps before the capture, and before the forecast
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, steps: int = 0):
         self.rate = torch.zeros((), dtype=torch.float32, device=device)  # of the type that the fused kernel reads
         self.stream = torch.cuda.Stream(device)  # one for all steps: a capture must not be on the default stream
-        self.taken, self.graph = 0, None
+        self.taken, self.steps, self.graph = 0, steps, None
 
     def __call__(self, model, bank, optimiser, images, index, drawn, config) -> Tensor:
         """Arguments and value as of `train_step`; the value is overwritten by the next step."""
+        for group in optimiser.param_groups:
+            group["lr"] = self.rate.fill_(group["lr"])
         outer = torch.cuda.current_stream(images.device)
         self.stream.wait_stream(outer)
         with torch.cuda.stream(self.stream):
@@ -936,10 +937,12 @@ class GraphedStep:
                 loss = self.loss
         outer.wait_stream(self.stream)
         self.taken += 1
+        if self.graph and self.taken == self.FORECAST:
+            self.forecast()
         return loss
 
     def capture(self, model, bank, optimiser, images, index, drawn, config) -> None:
-        """Note the kernels of a step down; none runs."""
+        """Record the kernels of a step; run none."""
         self.index, self.drawn, self.graph = index.clone(), drawn.to(images.device), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.graph, stream=self.stream):
@@ -949,12 +952,12 @@ class GraphedStep:
             raise RuntimeError(f"cannot capture a step as one graph ({error}){hint}")
         self.began = time.perf_counter()
 
-    def forecast(self, left: int) -> str:
-        """What the steps that are left will take, by those since the capture."""
+    def forecast(self) -> None:
+        """Say once what the steps that are left will take, by those since the capture."""
         self.stream.synchronize()
-        seconds = left * (time.perf_counter() - self.began) / (self.taken - self.WARM_UP)
+        left, pace = self.steps - self.taken, (time.perf_counter() - self.began) / (self.taken - self.WARM_UP)
         gib = torch.cuda.max_memory_reserved(self.rate.device) / 2 ** 30
-        return f"a step is one graph: {left} steps are left, {seconds / 60:.1f} min, {gib:.1f} GiB of the GPU"
+        say(f"a step is one graph: {left} steps are left, {left * pace / 60:.1f} min, {gib:.1f} GiB of the GPU")
 
 
 def in_graph(config: Config, device: torch.device) -> bool:
@@ -978,9 +981,9 @@ def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.op
 
 @torch.no_grad()
 def centre_head(model: ResNet18, images: Tensor, config: Config) -> Tensor:
-    """Set the head's bias so that its untrained outputs have zero mean; return them, (N, dim), not normalised. Else
-    all images lie in one narrow cone (similarity 0.99), which losses that push all negatives alike hardly leave.
-    The pass over augmented views, in training mode, also sets batch normalisation's running statistics."""
+    """Set the head's bias so that its untrained outputs have zero mean; return them, (N, dim), not normalised.
+    Otherwise all images lie in one narrow cone (similarity 0.99), which a loss that pushes all negatives alike can
+    hardly leave. The pass over augmented views, in training mode, also sets batch normalisation's statistics."""
     outputs = []
     for step, batch in enumerate(images.split(config.batch_size)):
         drawn = draw_augmentation(len(batch), generator(config.seed, "centre", step), config.size, config.flip)
@@ -993,8 +996,8 @@ def centre_head(model: ResNet18, images: Tensor, config: Config) -> Tensor:
 
 @torch.no_grad()
 def embed(model: ResNet18, images: Tensor, view: Callable = lambda x: x.float() / 255) -> tuple[Tensor, Tensor]:
-    """Features h (n, 8·width) and embeddings z (n, dim) of a view of each image, uint8 (n, 3, s, s). view: from uint8
-    to float32 in [0, 1]; not given, the plain image."""
+    """Features h (n, 8·width) and embeddings z (n, dim) of a view of each image, uint8 (n, 3, s, s). view: from
+    uint8 to float32 in [0, 1]; not given, the plain image."""
     require(images.dtype == torch.uint8, "images must be uint8, 0 to 255")
     training = model.training
     model.eval()
@@ -1006,7 +1009,7 @@ def embed(model: ResNet18, images: Tensor, view: Callable = lambda x: x.float() 
 
 
 def evaluate(model: ResNet18, data: Data, config: Config, in_full: bool = True) -> dict:
-    """The metrics of a network, by name; not in full: those three that are quick."""
+    """The metrics of a network, by name; not in full: only the three that need no probe and no views."""
     train_h, train_z = embed(model, data.train_images)
     test_h, test_z = embed(model, data.test_images)
     train_y, test_y = data.train_labels.to(train_h.device), data.test_labels.to(test_h.device)
@@ -1030,20 +1033,20 @@ def evaluate(model: ResNet18, data: Data, config: Config, in_full: bool = True) 
         "accuracy_heldout": probe(h[:, kept], train_y[kept], train_h[held_out], train_y[held_out]),
         # Of two augmented views of each test image.
         "alignment": alignment(*views),
-        # Of each plain test image, against one augmented view of every one.
+        # Of each plain test image, against one augmented view of every test image.
         "profile": similarity_profile(test_z, views[0], torch.arange(len(test_z), device=test_z.device)).tolist(),
     }
 
 
 def take_subset(data: Data, config: Config) -> Data:
-    """The images in class-balanced order, the same for every seed, or the first of them."""
+    """All images, or the first `subset`, in an order that is balanced by class and the same for every seed."""
     train = balanced_order(data.train_labels)[:config.subset]
     test = balanced_order(data.test_labels)[:config.test_subset]
     train_y, test_y = data.train_labels[train], data.test_labels[test]
     require(min(len(train), len(test)) >= 10, f"{data.name} has too few images: at least 10 are needed", BadInput)
     enough = torch.isin(test_y, train_y).all() and len(hold_out(train_y)[1]) > 0
-    require(enough, f"{data.name}: {len(train)} training images (--subset) are too few: each class that is tested "
-            "needs one, and one class two", BadInput)
+    require(enough, f"{data.name}: {len(train)} training images (--subset) are too few: each tested class needs "
+            "one, and one class two", BadInput)
     return Data(data.name, data.train_images[train], train_y, data.test_images[test], test_y)
 
 
@@ -1075,7 +1078,7 @@ TABLE_1 = {
              (0.032, 0.137, 0.186, 0.197, 0.074, 0.025, 0.021, 0.021, 0.023, 0.026)],
 }
 PAPER = {dataset: dict(zip(CELLS, zip(*columns))) for dataset, columns in TABLE_1.items()}
-# What the authors published beside it: linear accuracy of the ordinary loss at more temperatures (of Fig. 9).
+# What the authors published beside it: linear accuracy of the ordinary loss at more temperatures.
 PAPER_ACCURACY = {
     "cifar10": {0.05: 76.10, 0.1: 81.82, 0.2: 83.78, 0.4: 83.22, 0.5: 82.54, 0.6: 82.97, 0.8: 82.67, 0.9: 81.97},
     "cifar100": {0.05: 49.80, 0.1: 52.46, 0.2: 56.05, 0.4: 55.47, 0.5: 54.17, 0.6: 53.05, 0.8: 50.08},
@@ -1201,7 +1204,8 @@ def load_checkpoint(path: str | Path) -> dict:
         require("run" in state and "data_sha256" in state, "of another program, or of an older one")
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a damaged file
-        raise BadInput(f"cannot read the checkpoint {path} ({error}): remove it, or begin again with --force")
+        words = str(error).split("\n")[0]
+        raise BadInput(f"cannot read the checkpoint {path} ({words}): remove it, or begin again with --force")
 
 
 def check_same_run(path: Path, found: dict, wanted: dict) -> None:
@@ -1263,8 +1267,8 @@ def make_parser(name: str = "ctl.py", description: str | None = __doc__) -> argp
         options = {} if get_origin(hint) is Literal else dict(type=(get_args(hint) or (hint,))[0])
         if hint is bool:
             options = dict(action=argparse.BooleanOptionalAction)
-        if get_origin(hint) is tuple:
-            options["nargs"] = "*"
+        if hint is tuple:
+            options = dict(type=int, nargs="*")
         flag = "--" + field.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
     return parser
@@ -1277,7 +1281,7 @@ def exit_status(name: str, work: Callable, *arguments) -> int:
         work(*arguments)
         return 0
     except SystemExit as stop:  # argparse has said why
-        return stop.code if isinstance(stop.code, int) else 2 * bool(stop.code)
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         words, status = "interrupted; the same command goes on from the last checkpoint, if there is one", 130
     except BadInput as error:
