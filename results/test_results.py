@@ -722,33 +722,70 @@ def test_the_network_alone_adds_no_gradients_up():
     torch.testing.assert_close(*gradients)
 
 
-def test_augmentation_beside_torchvisions(takes, monkeypatch):
+def test_the_step_as_one_graph(takes, monkeypatch):
+    """In each round 50 steps in a row, then the launch of one; warm-up and capture come first."""
+    def graphed(model, bank, optimiser, images, index, drawn, config):
+        assert optimiser.param_groups[0]["lr"] is graphed.rate and graphed.rate == torch.tensor(config.lr)
+        assert len(index) == 16 and drawn.crop.max() <= 24 and not drawn.flip.any()
+        graphed.rate.zero_()
+    graphed.rate, graphed.WARM_UP = torch.zeros(()), 3
+    monkeypatch.setattr(ctl, "GraphedStep", lambda device: graphed)
+    monkeypatch.setattr(ctl, "in_graph", lambda config, device: True)
+    rounds = [[step] * 50 + [launch] for step, launch in ((2, 3), (9, 3), (1, 8), (2, 1), (3, 5))]
+    takes(ctl, "draw_augmentation", iter(sum(rounds, [900] * 4) + [8] * 99))
+    takes(ctl.ResNet18, "features", 0.5)
+    f = speed.measure_step(smoke(size=24, flip=False), images()[..., :24, :24], seconds=0)
+    assert f["graph_ms"] == 2e3 and f["host_ms"] == 3e3 and f["step_ms"] == 8.5e3
+    assert f["network_ms"] == 500 and f["step_over_network"] == 17
+    assert f["images_per_second"] == 8 and f["training_hours"] == pytest.approx(2 * 7 * 3 / 3600)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    takes(torch.cuda, "synchronize", 5)
+    assert -speed.now(torch.device("cpu")) + speed.now(torch.device("cuda")) == 5e3  # a GPU is waited for
+
+
+def test_the_least_that_the_step_takes(takes, monkeypatch):
+    """A product: 2 · 2048³ operations in 2 s. A copy: 8 · 2048² numbers of two bytes, read and written, in 4 s."""
+    x, row = torch.ones(8, 8), torch.ones(8)
+    for work, rows in ((lambda: x + x, 24), (lambda: x.mul_(row), 17), (lambda: x.t(), 0), (lambda: x[[1]], 0)):
+        with speed.Traffic() as traffic:
+            work()
+        assert traffic.bytes == 32 * rows
+    for name, seconds in (("__matmul__", (9, 2, 4, 3, 2)), ("copy_", (5, 9, 4, 5, 5))):
+        monkeypatch.setattr(torch.Tensor, name, lambda a, b: None)
+        takes(torch.Tensor, name, iter(seconds))
+    product, copy = 2 ** 33 / 1e9, 2 ** 25 / 1e9
+    f = speed.measure_limit({"network_gflop": 3, "step_gbyte": 5}, torch.device("cpu"), bfloat16=True)
+    assert f == pytest.approx({"matrix_product_gflops": product, "copy_gbyte_per_second": copy,
+                               "limit_arithmetic_ms": 3000 / product, "limit_memory_ms": 5000 / copy})
+
+
+@pytest.mark.parametrize("size, flip", [(32, True), (24, False)])
+def test_augmentation_beside_torchvisions(size, flip, takes, monkeypatch):
     """A second for the batch, a quarter of a second for each PIL image: of 16 images 16 and 4 a second."""
     takes(ctl, "augment", iter([9, 1, 1, 1, 2, 2]))  # the first is the warm-up
     takes(speed.transforms.RandomResizedCrop, "forward", iter([2] * 16 + [0.25] * 48 + [0.5] * 32))
-    seen = []
-    monkeypatch.setattr(speed.transforms.ColorJitter, "forward",
-                        lambda self, image: seen.append((image.mode, image.size, torch.get_num_threads())) or image)
+    seen, draw = [], ctl.draw_augmentation
+    monkeypatch.setattr(ctl, "draw_augmentation", lambda *given: seen.append(given[2:]) or draw(*given))
+    monkeypatch.setattr(speed.transforms.RandomHorizontalFlip, "forward", lambda self, image:
+                        seen.append((image.mode, image.size, self.p, torch.get_num_threads())) or image)
     torch.set_num_threads(2)
-    f = speed.measure_augmentation(smoke(), images(16), torch.device("cpu"))
+    f = speed.measure_augmentation(smoke(size=size, flip=flip), images(16)[..., :size, :size], torch.device("cpu"))
     assert f == {"batched_images_per_second": 16, "pil_images_per_second": 4, "pil_over_batched": 4}
-    assert seen == [("RGB", (32, 32), 1)] * 6 * 16 and torch.get_num_threads() == 2
+    one_by_one = ("RGB", (size, size), 0.5 * flip, 1)
+    assert seen == 6 * [(size, flip), *16 * [one_by_one]] and torch.get_num_threads() == 2
 
 
 def test_the_time_of_evaluation(takes, monkeypatch):
-    def uniformity(z):
-        assert z.shape == (10_000, 16) and torch.allclose(z.norm(dim=1), torch.ones(10_000))
-
-    def tolerance(z, labels):
-        assert z.shape == (10_000, 16) and labels.bincount().tolist() == [1000] * 10
-
-    def linear_probe(h, y, test_h, test_y, epochs, lr):
-        assert h.shape == (2, 100, 32) and y.shape == (100,) and epochs == 1 and lr == 0.3
-    for stand_in, seconds in ((uniformity, 2), (tolerance, 1), (linear_probe, 4)):
-        monkeypatch.setattr(ctl, stand_in.__name__, stand_in)
-        takes(ctl, stand_in.__name__, seconds)
+    seen = []
+    for name, seconds in (("uniformity", 2), ("tolerance", 1), ("linear_probe", 4)):
+        monkeypatch.setattr(ctl, name, lambda *given, **more: seen.append((*given, more)))
+        takes(ctl, name, seconds)
     assert speed.measure_evaluation(smoke(), 100, torch.device("cpu")) == {
         "uniformity_and_tolerance_of_10000_ms": 3000, "probe_seconds": 400}  # of 100 epochs
+    (z, _), (same, labels, _), (h, y, _, _, settings) = seen
+    assert z is same and z.shape == (10_000, 16) and torch.allclose(z.norm(dim=1), torch.ones(10_000))
+    assert labels.bincount().tolist() == [1000] * 10 and h.shape == (2, 100, 32) and y.shape == (100,)
+    assert settings == {"epochs": 1, "lr": 0.3}
 
 
 def test_the_json_is_what_the_report_reads_and_the_table_has_every_figure(monkeypatch, folder, capfd):
@@ -760,10 +797,13 @@ def test_the_json_is_what_the_report_reads_and_the_table_has_every_figure(monkey
     status, out, err = cli("--preset", "smoke", "--device", "cpu", "--threads", "1", "--json", *flags, main=speed.main)
     assert status == 0 and err == capfd.readouterr().err == "" and not list(folder.iterdir())
     f, old = json.loads(out), json.loads((HOME / "profile/mini.json").read_text())
-    assert set(f) == set(old) | {"augmented"}
+    new = "augmented graph_ms host_ms step_gbyte copy_gbyte_per_second limit_arithmetic_ms limit_memory_ms"
+    assert set(f) == {*old, *new.split()} and f["graph_ms"] is f["host_ms"] is None
     assert list(f["parts_ms"]) == list(old["parts_ms"]) == PARTS and min(f["parts_ms"].values()) > 0
-    assert f["config"] == ctl.plain(smoke(**{**given, "dataset": "tiny"}).study()) and f["train_images"] == 50
-    assert f["environment"]["threads"] == 1 and f["augmented"] == 20 and f["images_per_second"] == 20_000 / f["step_ms"]
+    assert f["config"] == ctl.as_json(smoke(**{**given, "dataset": "tiny"}).recorded()) and f["train_images"] == 50
+    assert f["environment"]["threads"] == 1 and f["environment"]["graph"] is False
+    assert f["augmented"] == 20 and f["images_per_second"] == 20_000 / f["step_ms"]
+    assert f["limit_memory_ms"] is f["limit_arithmetic_ms"] is None and 0.01 < f["step_gbyte"] < 1
     assert f["step_ms"] == pytest.approx(sum(f["parts_ms"].values()), rel=0.5)
     assert 100 < f["peak_memory_mib"] < 24_000 and f["matrix_product_gflops"] > f["network_gflops"] / 100
 
@@ -779,11 +819,11 @@ def test_the_json_is_what_the_report_reads_and_the_table_has_every_figure(monkey
 
 
 @pytest.mark.parametrize("line,word", [
-    ("--no-force", "--force"), ("--eval-every 3", "--eval-every"), ("--results x", "--results"), ("--js", "--js"),
-    ("--tau 0", "tau"), ("--dataset nowhere", "nowhere"), ("--lr 1e30", "NotFinite")])
+    ("--no-force", "--force"), ("--eval-every 3", "--eval-every"), ("--out x", "--out"), ("--js", "--js"),
+    ("--tau 0", "tau"), ("--dataset nowhere", "nowhere"), ("--lr 1e9", "NaN")])
 def test_bad_use_of_speed_is_one_line(line, word, folder):
     status, out, err = cli("--preset", "smoke", "--device", "cpu", *line.split(), main=speed.main)
-    assert status == (1 if word == "NotFinite" else 2) and out == "" and not list(folder.iterdir())
+    assert status == (1 if word == "NaN" else 2) and out == "" and not list(folder.iterdir())
     assert err.count("\n") == 1 and word in err
 
 
@@ -793,12 +833,12 @@ def test_the_scripts_start_in_a_strange_environment():
     Path("matplotlibrc").write_text("text.usetex: True\n")
     strange = {"MPLBACKEND": "nonsense", "PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}
     reported, measured = (start(sys.executable, HOME / script, *more, **strange)
-                          for script, *more in (["report.py", "--results", "results"], ["speed.py", "--runs", "x"]))
+                          for script, *more in (["report.py", "--out", "results"], ["speed.py", "--out", "x"]))
     status, out, err = end(reported)
     assert status == 0 and err == "" and "| simple |" in out
     assert Path("results/mini/penalty.svg").stat().st_size > 1000 and text("TABLE.md")
     status, out, err = end(measured)
-    assert status == 2 and out == "" and re.fullmatch(r"speed\.py: .*--runs.*\n", err)
+    assert status == 2 and out == "" and re.fullmatch(r"speed\.py: .*--out.*\n", err)
 
 
 # --------------------------------------------------------------------------------------------------- reproduce.sh
