@@ -845,19 +845,22 @@ def test_the_scripts_start_in_a_strange_environment():
 
 STUB = """#!/bin/sh
 words=$(printf '%s|' "$@")
-case "$1${MALLOC_TRIM_THRESHOLD_:-}" in ctl.py) words="without glibc's settings|$words" ;; esac
+case "$1 ${MALLOC_TOP_PAD_:-} ${MALLOC_MMAP_THRESHOLD_:-} ${MALLOC_TRIM_THRESHOLD_:-}" in
+    "ctl.py 134217728 1073741824 4294967296") ;;
+    ctl.py*) words="without glibc's settings|$words" ;;
+esac
 case "$*" in
-    "-m pip --version") ;;
-    "-m pip install"*) echo begin >> installs; sleep 0.2; echo end >> installs ;;
+    "-c " | "-m pip --version" | "-c import torch") ;;
+    "-m pip install"*) echo begin >> installs; sleep 0.2; echo end >> installs; exit "${PIP:-0}" ;;
     *device_count*) echo "${GPUS:-0}" ;;
     *load_dataset*)
-        if [ "${HAVE:-}" = "to wait" ]; then
-            trap "exit 130" INT; echo "$words" >> asked; while :; do sleep 0.1; done
-        fi
+        if [ "${HAVE:-}" = "to wait" ]; then echo "$words" >> asked; sleep 60; fi
         case " ${HAVE:-} " in *" $3 "*) ;; *) echo "left out: cannot download $3 into $4" >&2; exit 2 ;; esac ;;
     *)
         echo "$words" >> asked
-        case "$*" in *"${SLOW:-no cell}"*) sleep 1 ;; esac
+        case "$*" in *"${WAIT:-no cell}"*)
+            for i in $(seq 600); do if [ ! -e go ]; then echo "$i" >> beats; sleep 0.1; fi; done ;;
+        esac
         case "$*" in
             *"${FAIL:-no cell}"*) printf '%s\\n' one two three four five six; exit 1 ;;
             *"${BUSY:-no cell}"*) exit 3 ;;
@@ -865,9 +868,9 @@ case "$*" in
         esac ;;
 esac
 """
-SHAPES = ("--preset", "smoke", "--seeds", "1")
-TWO = (*SHAPES, "--losses", "simple contrastive", "--taus", "0.3")
-CELLS = ["--loss simple --seed 0 --dataset shapes", "--loss contrastive --tau 0.3 --seed 0 --dataset shapes"]
+WAVES = ("--preset", "smoke", "--seeds", "1")
+TWO = (*WAVES, "--losses", "simple contrastive", "--taus", "0.3")
+LOGS = [f"runs/logs/smoke/loss_{cell}_seed_0_dataset_waves.log" for cell in ("simple", "contrastive_tau_0.3")]
 
 
 @pytest.fixture
@@ -877,17 +880,24 @@ def house(folder, monkeypatch):
         shutil.copy(HOME.parent / name, name)
     Path("ctl.py").touch()
     Path(".venv/bin").mkdir(parents=True)
-    Path(".venv/bin/python").write_text(STUB)
-    Path(".venv/bin/python").chmod(0o755)
+    script(".venv/bin/python", STUB)
     shutil.copy("requirements.txt", ".venv/installed.txt")
     for name in ("SEEDS", "JOBS", "PYTHON", "OMP_NUM_THREADS", *(name for name in os.environ if "SLURM" in name)):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CGROUP", "no quota")
     return folder
 
 
+def script(path, text):
+    Path(path).write_text(text)
+    Path(path).chmod(0o755)
+
+
 def start(*line, cwd=None, **env):
+    # Ctrl-C works, as in a terminal, where pytest itself runs in the background.
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env={**os.environ, **env}, cwd=cwd)
+                            env={**os.environ, **env}, cwd=cwd,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def end(process):
@@ -915,9 +925,19 @@ def of(word, commands):
     return [words[words.index(word) + 1] for words in commands]
 
 
+def held(n, *options, **env):
+    """A table of which n cells have begun; those with the words WAIT in their command last until `go` is there."""
+    table = start("bash", "reproduce.sh", *options, **{"WAIT": "--loss", **env})
+    for _ in range(3000):
+        if len(asked("ctl.py")) < n:
+            time.sleep(0.01)
+    return table
+
+
 def test_the_plan_without_a_gpu(house):
+    before = files()
     status, out, err = reproduce("--dry-run")
-    assert status == 0 and err == "" and not asked() and not Path("results").exists()
+    assert status == 0 and err == "" and not asked() and files() == before
     assert "90 cells of preset mini on cifar10 cifar100 svhn, 3 seed(s)" in out and "0 GPU(s)" in out
     whole = [" ".join(words) for words in plan()]
     assert len(set(whole)) == 90 and all("--seed 0 " in line for line in whole[:30])  # one seed of everything first
@@ -926,7 +946,10 @@ def test_the_plan_without_a_gpu(house):
         for name in ("cifar10", "cifar100", "svhn"):
             cell = f" --loss {loss} {f'--tau {tau} ' if tau else ''}--seed 2 --dataset {name} "
             assert sum(cell in line for line in whole) == 1, cell
-    assert of("--dataset", plan("quick")) == ["shapes"] * 7 and len(plan("quick", SEEDS="2")) == 14
+    quick = [" ".join(words).split(" --seed ")[0].split(" --loss ")[1] for words in plan("quick")]
+    published = {re.sub("_seed.*", "", path.name) for path in Path(HOME, "quick").rglob("*_seed*.json")}
+    assert {cell.replace(" --tau ", "_tau") for cell in quick} == published and len(quick) == 7
+    assert of("--dataset", plan("quick")) == ["waves"] * 7 and len(plan("quick", SEEDS="2")) == 14
     narrow = plan("--preset", "narrow", "--losses", "simple", "--dry-run", "--", SEEDS="1")
     assert of("--preset", narrow) == ["narrow"] * 3 and narrow[0][-1] == "1"
     assert "not the paper" in out and "not the paper" not in reproduce("--dry-run", "--preset", "paper")[1]
@@ -934,12 +957,34 @@ def test_the_plan_without_a_gpu(house):
     assert text.startswith("Sets up") and text.endswith("3.10 or later).\n") and "#" not in text
 
 
-def test_gpus_are_shared_out(house):
+def test_the_minutes_of_the_plan(house):
+    """A cell's minutes times the cells that follow each other: 45 of 90, 23 of 90, 4 of 7; 5 of 10 on two GPUs."""
+    for line, words in {"JOBS=2 bash reproduce.sh": "11 h 15 min", "JOBS=4 bash reproduce.sh": "5 h 45 min",
+                        "JOBS=2 bash reproduce.sh quick": "0 h 8 min",
+                        "JOBS=9 bash reproduce.sh --preset narrow --losses simple": "2 h 0 min",
+                        "GPUS=2 bash reproduce.sh --seeds 1 --datasets svhn": "0 h 20 min (an estimate)",
+                        "JOBS=90 bash reproduce.sh --preset paper": "90 h 0 min (an estimate)"}.items():
+        assert f"; about {words}, less what is done" in end(start("env", *line.split(), "--dry-run"))[1], line
+
+
+def test_runs_at_once_as_asked_for_and_on_the_gpu_that_is_free(house):
+    for n, options, env in ((1, ["--jobs", "1"], {}), (3, [], {"JOBS": "3"}), (2, [], {"GPUS": "2"})):
+        table = held(n, "quick", *options, **env)
+        time.sleep(0.5)
+        assert len(asked("ctl.py")) == n
+        Path("go").touch()
+        assert end(table)[0] == 0
+        Path("go").unlink()
+        Path("asked").unlink()
     line = ("--datasets", "svhn", "--seeds", "1")
-    status, out, err = reproduce(*line, GPUS="2")
-    assert status == 0 and "10 cells of preset paper on svhn, 1 seed(s), 6 at once, 2 GPU(s)" in out
-    assert of("--device", plan(*line, GPUS="2")) == ["cuda:0", "cuda:1"] * 5
-    assert sorted(asked("ctl.py")) == sorted(plan(*line, GPUS="2")) and "--threads" not in str(asked())
+    whole = plan(*line, GPUS="2")
+    assert of("--device", whole) == ["cuda:0", "cuda:1"] * 5 and "--threads" not in str(whole)
+    table = held(10, *line, GPUS="2", WAIT="--loss contrastive --tau 0.07")
+    Path("go").touch()  # while one cell kept one GPU, the other GPU had all the rest
+    status, out, err = end(table)
+    assert status == 0 and "10 cells of preset paper on svhn, 1 seed(s), 2 at once, 2 GPU(s)" in out
+    assert sorted(map(of("--device", asked("ctl.py")).count, ("cuda:0", "cuda:1"))) == [1, 9]
+    assert sorted(words[:-1] for words in asked("ctl.py")) == sorted(words[:-1] for words in whole)
 
 
 # The indices of `--array=…`; whether they have gaps.
@@ -947,19 +992,22 @@ ARRAYS = {"0-2": ([0, 1, 2], False), "3-6": ([3, 4, 5, 6], False), "5": ([5], Fa
           "0-4:2": ([0, 2, 4], True), "1-3,5": ([1, 2, 3, 5], True), "0-2:2,3,6": ([0, 2, 3, 6], True)}
 
 
+def tasks(array):
+    told = dict(COUNT=len(array), MIN=array[0], MAX=array[-1])
+    return [{f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in {**told, "ID": i}.items()} for i in array]
+
+
 @pytest.mark.parametrize("array", ARRAYS)
 def test_slurm_arrays_have_disjoint_shares_that_cover_all_cells_or_each_task_refuses(array, house):
     indices, gaps = ARRAYS[array]
-    told = dict(COUNT=len(indices), MIN=indices[0], MAX=indices[-1])
-    tasks = [{f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in {**told, "ID": i}.items()} for i in indices]
-    for task in (*tasks, {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "1"}) if gaps else ():
+    for task in (*tasks(indices), {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "1"}) if gaps else ():
         status, out, err = reproduce("quick", **task)
         assert status == 2 and out == "" and err.count("\n") == 1 and "--array=0-7" in err and not asked()
     if not gaps:
-        shares = [plan("quick", **task) for task in tasks]
+        shares = [plan("quick", **task) for task in tasks(indices)]
         assert sorted(sum(shares, [])) == sorted(plan("quick")) and max(map(len, shares)) - min(map(len, shares)) <= 1
     if array == "0-11":
-        assert reproduce("quick", **tasks[0])[0] == 0 and not asked()  # of seven cells no share, and no report
+        assert reproduce("quick", **tasks(indices)[0])[0] == 0 and not asked()  # of seven cells no share, and no report
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity")
@@ -969,6 +1017,9 @@ def test_the_cores_that_this_job_may_use(house):
     cores = sorted(os.sched_getaffinity(0))
     assert at_once() == at_once(OMP_NUM_THREADS="77") == len(cores)
     assert at_once(SLURM_CPUS_PER_TASK="5") == 5 and at_once(JOBS="4") == 4
+    for quota, n in (("max", 5), ("900000", 5), ("250000", 3), ("200000", 2), ("900", 1)):
+        Path("cpu.max").write_text(f"{quota} 100000\n")
+        assert at_once(SLURM_CPUS_PER_TASK="5", CGROUP=".") == n
     os.sched_setaffinity(0, cores[:1])
     try:
         assert at_once() == 1 and reproduce("test", "-k", "a b")[0] == 0
@@ -979,14 +1030,17 @@ def test_the_cores_that_this_job_may_use(house):
 
 def test_words_with_spaces_stay_whole(house):
     Path("My Drive/imgs").mkdir(parents=True)
-    line = (*SHAPES, "--losses", "simple", "--datasets", "My Drive/imgs", "--results", "my res", "--data", "my data")
-    more = ("--", "--runs", "x $y'z", "--lr", "1")
+    line = (*WAVES, "--losses", "simple", "--datasets", "My Drive/imgs", "--out", "my res", "--data", "my data")
+    more = ("--", "--width", "x $y'z", "--lr", "1")
     status, out, err = reproduce(*line, *more)
     assert status == 0 and err == "" and asked() == [
-        ["ctl.py", "--preset", "smoke", "--data", "my data", "--results", "my res", "--loss", "simple", "--seed", "0",
+        ["ctl.py", "--preset", "smoke", "--data", "my data", "--out", "my res", "--loss", "simple", "--seed", "0",
          "--dataset", "My Drive/imgs", "--device", "cpu", "--threads", "1", *more[1:]],
-        ["results/report.py", "--results", "my res", "--preset", "smoke"]]
+        ["results/report.py", "--out", "my res", "--preset", "smoke"]]
     assert plan(*line, "--dry-run", *more) == asked("ctl.py")
+    watch = shlex.split(re.search("start simple, seed 0: (.*)", out)[1])
+    assert watch == ["tail", "-f", "my res/logs/smoke/loss_simple_seed_0_dataset_My_Drive_imgs_width_x_y_z_lr_1.log"]
+    assert os.listdir("my res/logs/smoke") == [Path(watch[-1]).name]
     assert f"{house}/My Drive/imgs" in plan("--datasets", "~/imgs", HOME=f"{house}/My Drive")[0]
 
 
@@ -997,44 +1051,95 @@ def test_any_shell_link_and_folder_lead_home(house, tmp_path_factory, monkeypatc
     monkeypatch.setenv("CDPATH", str(away))
     for line in ("bash link", f"sh {house}/reproduce.sh", "bash --posix link", "env POSIXLY_CORRECT=1 bash link",
                  f"env SLURM_SUBMIT_DIR={house} bash slurm_script"):
-        status, out, err = end(start(*line.split(), "--dry-run", *SHAPES, cwd=away))
+        status, out, err = end(start(*line.split(), "--dry-run", *WAVES, cwd=away))
         assert status == 0 and err == "" and out.count("ctl.py") == 10, err
     status, out, err = end(start("bash", "slurm_script", cwd=away))
     assert status == 2 and err.count("\n") == 1 and "ctl.py" in err and len(list(away.iterdir())) == 2
 
 
-def test_the_interpreter(house):
-    Path(".venv/bin/python").write_text('#!/bin/sh\n[ "$2" != pip ]\n')  # of a .venv that broke off
-    Path("python").write_text('#!/bin/sh\ncase "$*" in -c*) exit "$OLD" ;; *) echo "$*"; exit 7 ;; esac\n')
-    Path("python").chmod(0o755)
-    for python, old, word in (("/none", "0", "no such interpreter: /none"), ("./python", "1", "3.10")):
-        status, out, err = reproduce("test", PYTHON=python, OLD=old)
-        assert status == 2 and out == "" and err.count("\n") == 1 and word in err
-    assert reproduce("test", PYTHON="./python", OLD="0") == (7, "-m venv --clear .venv\n", "")
+def test_a_service_without_a_home_whose_python_leaves_out_its_folder(house):
+    Path("ctl.py").write_text("load_dataset = print\n"
+                              "def exit_status(*given): return given[1:] != (load_dataset, 'cifar100', 'd')\n")
+    script(".venv/bin/python", f"""#!/bin/sh
+        case "$*" in *load_dataset*) exec "{sys.executable}" "$@" ;; *device_count*) echo 0 ;; esac""")
+    status, out, err = end(start(*"env -u HOME PYTHONSAFEPATH=1 bash reproduce.sh --data d".split()))
+    assert status == 0 and err == "" and "30 cells of preset mini on cifar100, " in out
+
+
+def test_without_a_venv_one_is_made_unless_the_run_is_dry(house):
+    shutil.rmtree(".venv")
+    script("python", f"""#!/bin/sh
+        case "$1" in -c) exec "{sys.executable}" -c "import sys; sys.version_info = (3, $MINOR); $2" ;; esac
+        echo "$*"; exit 7""")
+    script("nvidia-smi", "#!/bin/sh\necho GPU 0\necho GPU 1\n")
+    for python in ("/none", "./python"):
+        status, out, err = reproduce("test", PYTHON=python, MINOR="9")
+        assert status == 2 and out == "" and err.count("\n") == 1 and f"{python} does not run, or is older" in err
+    assert reproduce("test", PYTHON="./python", MINOR="10") == (7, "-m venv .venv\n", "")
+    before = files()
+    status, out, err = reproduce("--dry-run", PYTHON="./python", MINOR="10", PATH=f"{house}:{os.environ['PATH']}")
+    assert status == 0 and "2 GPU(s)" in out and files() == before and not Path(".venv").exists()
+
+
+def test_a_venv_that_is_there_is_never_cleared(house):
+    Path(".venv").rename("of all nodes")
+    Path(".venv").symlink_to("of all nodes")
+    Path(".venv/installed.txt").write_text("of another commit")
+    script("python", '#!/bin/sh\nif [ "$2" = venv ]; then mkdir -p nowhere; rm -r .venv/*; fi')
+    no_pip = """#!/bin/sh
+        echo "$*" >> asked
+        case "$*" in *--version) [ -e pip ] ;; *ensurepip) [ "$MEND" ] && touch pip ;; *torch*) exit 1 ;; esac"""
+    for text, words in (("#!/none", "does not run here"), (no_pip, "has no pip")):
+        script(".venv/bin/python", text)
+        before = files()
+        status, out, err = reproduce("quick", PYTHON="./python", MEND="")
+        assert status == 2 and out == "" and err.count("\n") == 1 and words in err and "move .venv away" in err
+        assert files("of all nodes").items() <= before.items()
+    status, out, err = reproduce("test", PYTHON="./python", MEND="yes")
+    assert status == 0 and "5.7 GB" in out and "CPU build" in out
+    assert "-m pip install --disable-pip-version-check -r requirements.txt" in Path("asked").read_text().splitlines()
+    Path(".venv").unlink()
+    Path(".venv").symlink_to("nowhere")
+    assert reproduce("quick", PYTHON="./python")[0] == 2 and not Path("nowhere").exists()
 
 
 def test_two_that_set_up_at_once_do_so_one_after_the_other(house):
     Path(".venv/installed.txt").write_text("of another commit")
-    ends = [end(process) for process in [start("bash", "reproduce.sh", "--dry-run") for _ in range(2)]]
-    assert [status for status, _, _ in ends] == [0, 0] and Path("installs").read_text().split() == ["begin", "end"]
+    assert reproduce("quick", PIP="7")[0] == 7 and not asked()
+    ends = [end(process) for process in [start("bash", "reproduce.sh", "test") for _ in range(2)]]
+    assert sorted(ends) == [(0, "", ""), (0, "installing requirements.txt into .venv\n", "")]
+    assert Path("installs").read_text().split() == ["begin", "end"] * 2
     assert Path(".venv/installed.txt").read_text() == Path("requirements.txt").read_text()
 
 
-def test_a_failing_cell_is_reported_and_stops_no_other(house):
+def test_what_a_table_says(house):
+    """A cell that fails stops no other; cells that another process runs are counted; the report follows in any case."""
     status, out, err = reproduce(*TWO, "--jobs", "1", FAIL="simple")
-    log = "runs/logs/smoke-results/loss_simple_seed_0_dataset_shapes.log"
     first, *lines = out.splitlines()
-    assert status == 1 and first.startswith("plan: 2 cells") and "logs in runs/logs/smoke-results" in first
-    assert lines == [f"start   {CELLS[0]}", f"start   {CELLS[1]}", f"done    {CELLS[1]} (0 min)"]
-    assert err == f"FAILED  {CELLS[0]} (status 1), the end of {log}:\ntwo\nthree\nfour\nfive\nsix\n"
-    assert len(asked("results/report.py")) == 1 and "_tau_0.3_" in "".join(os.listdir(Path(log).parent))
+    assert status == 1 and first.startswith("plan: 2 cells") and first.endswith("; logs in runs/logs/smoke")
+    assert lines == [f"start simple, seed 0: tail -f {LOGS[0]}", f"start contrastive 0.3, seed 0: tail -f {LOGS[1]}",
+                     "[2/2] done contrastive 0.3, seed 0 (0 min)"]
+    assert err == f"[1/2] FAILED simple, seed 0 (status 1), the end of {LOGS[0]}:\ntwo\nthree\nfour\nfive\nsix\n"
+    assert len(asked("results/report.py")) == 1
     # It goes on where that broke off, and keeps the log.
-    status, out, err = reproduce(*TWO, BUSY="simple", THERE="contrastive")
-    assert status == 0 and err == "" and "busy    --loss simple" in out and "six" in Path(log).read_text()
-    assert f"done    {CELLS[1]} (is there already)" in out
-    assert reproduce(*TWO, FAIL="report.py")[0] == 1
-    # Two tables at once do not mix.
-    assert "logs in runs/logs/smoke-out%a" in reproduce(*TWO, "--results", "out/a", "--dry-run")[1]
+    status, out, err = reproduce(*TWO, "--jobs", "1", BUSY="simple", THERE="contrastive")
+    assert "\n[1/2] busy simple, seed 0\n" in out and out.endswith("\n[2/2] reused contrastive 0.3, seed 0\n")
+    assert status == 3 and err.count("\n") == 1 and "1 of 2 cells are missing, as another process runs them" in err
+    assert len(asked("results/report.py")) == 2 and "six" in Path(LOGS[0]).read_text()
+    assert reproduce(*TWO, BUSY="simple", FAIL="contrastive")[0] == 1
+    status, out, err = reproduce(*TWO, FAIL="report.py")
+    assert status == 1 and "] done contrastive 0.3, seed 0 (" in out  # not reused any more
+    # Each task of an array counts its own share.
+    shares = [reproduce(*TWO, BUSY="simple", **task) for task in tasks([0, 1])]
+    assert [status for status, _, _ in shares] == [0, 3] and "[1/1] done contrastive" in shares[0][1]
+    assert "[1/1] busy simple" in shares[1][1] and "1 of 1 cells" in shares[1][2]
+    # Two tables at once do not mix; several data sets are named.
+    Path("a/tiny").mkdir(parents=True)
+    status, out, err = reproduce(*TWO, "--out", "out/a", "--datasets", "waves a/tiny")
+    assert "; logs in out/a/logs/smoke\n" in out and "] done contrastive 0.3, seed 0, a/tiny (" in out
+    assert sorted(map(str, files("runs"))) == sorted(LOGS) and not Path("results").exists()
+    status, out, err = reproduce(*TWO, "--out", "ctl.py")
+    assert status == 2 and err.count("\n") == 1 and "--out: can't write into ctl.py/logs/smoke" in err
 
 
 def test_data_sets_that_cannot_be_had(house):
@@ -1044,32 +1149,62 @@ def test_data_sets_that_cannot_be_had(house):
     Path("asked").unlink()
     status, out, err = reproduce()
     assert status == 2 and "plan" not in out and err.count("\n") == 4 and not asked()
-    assert "--datasets FOLDER" in err.splitlines()[-1] and "--datasets shapes" in err.splitlines()[-1]
+    assert "--datasets FOLDER" in err.splitlines()[-1] and "--datasets waves" in err.splitlines()[-1]
     table = start("bash", "reproduce.sh", HAVE="to wait")  # interrupted while it downloads
     while not asked():
         time.sleep(0.01)
-    os.killpg(table.pid, signal.SIGINT)
+    table.send_signal(signal.SIGINT)
     assert end(table)[0] == 130 and len(asked()) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_its_runs_end_with_it(name, house):
+    table = held(2, *TWO, "--jobs", "2")
+    table.send_signal(getattr(signal, name))
+    status, out, err = end(table)
+    beats = Path("beats").read_text()
+    assert status == 128 + getattr(signal, name) and err.count("\n") == 1
+    assert "each run loses up to an epoch or a minute; the same command goes on" in err
+    time.sleep(0.3)
+    assert Path("beats").read_text() == beats and not asked("results/report.py")
+    assert sorted(map(str, files("runs"))) == sorted(LOGS)
 
 
 @pytest.mark.parametrize("options", [
     ["--seeds", "0"], ["--seeds"], ["--seeds", "x"], ["--jobs", "-1"], ["--jobs", ""], ["--preset", "tiny"], ["--foo"],
-    ["all"], ["--losses", "triple"], ["--losses", " "], ["--datasets", ""], ["--datasets", "a b"],
+    ["all"], ["--losses", "triple"], ["--losses", " "], ["--datasets", ""], ["--datasets", "a b"], ["--results", "a"],
     ["--taus", "0.1 $(touch x)"]])
 def test_bad_options_of_reproduce(options, house):
     status, out, err = reproduce(*options)
     assert status == 2 and err.count("\n") == 1 and out == "" and not asked() and not Path("x").exists()
 
 
-def test_a_table_that_is_killed_goes_on_to_the_same_records(house):
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_clone_runs_with_any_line_ends_and_ignores_what_runs_leave(house):
+    def git(*words):
+        line = ["git", "-c", "user.name=a", "-c", "user.email=a", *words]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    for name in (".gitattributes", ".gitignore"):
+        shutil.copy(HOME.parent / name, name)
+    Path("a.png").write_bytes(b"looks like text\r\n")
+    for line in ("init", "add .", "commit -m a", "clone -c core.autocrlf=true . clone"):
+        git(*line.split())
+    for name in ("reproduce.sh", "a.png"):
+        assert Path("clone", name).read_bytes() == Path(name).read_bytes()
+    left = "runs/a data/a .venv/a .venv.lock out/mini/a.pt out/mini/a.lock out/.report.lock results/logs/a"
+    assert git("check-ignore", *left.split(), "results/mini/a.json", "results/mini/a.md").split() == left.split()
+
+
+def test_a_table_that_is_killed_goes_on_to_the_same_records(house, capsys):
     """In earnest: two cells at once, all processes killed soon after the first checkpoint, wherever they are."""
     shutil.copy(ctl.__file__, "ctl.py")
     for i, image in enumerate(images(140)):
         path = Path("my images", "train" if i < 100 else "test", f"class {i % 2}", f"{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    Path("driver.py").write_text("import sys, ctl\nctl.CHECKPOINT_SECONDS = 0\nsys.exit(ctl.main())\n")
-    Path(".venv/bin/python").write_text(f"""#!/bin/sh
+    Path("driver.py").write_text("import os, sys, ctl\nopen(f'pid {os.getpid()}', 'w').close()\n"
+                                 "ctl.CHECKPOINT_SECONDS = 0\nsys.exit(ctl.main())\n")
+    script(".venv/bin/python", f"""#!/bin/sh
         case "$*" in *device_count*) echo 0 ;; ctl.py*) shift; exec "{sys.executable}" driver.py "$@" ;; esac""")
     line = ["bash", "reproduce.sh", *TWO, "--datasets", "my images", "--jobs", "2", "--", "--epochs", "4"]
     table = start(*line)
@@ -1077,14 +1212,16 @@ def test_a_table_that_is_killed_goes_on_to_the_same_records(house):
         time.sleep(0.005)
     time.sleep(time.time() % 0.3)
     assert table.poll() is None
-    os.killpg(table.pid, signal.SIGKILL)
+    subprocess.run(["kill", "-KILL", str(table.pid), *(path.name.split()[1] for path in Path().glob("pid *"))])
     table.communicate()
     status, out, err = end(start(*line))
     assert status == 0 and err == "", err
     assert any("going on from" in log.read_text() for log in Path("runs/logs").rglob("*.log"))
-    config = smoke(tau=0.3, epochs=4, threads=1, dataset="my images", results="whole", runs="whole")
+    config = ctl.make_config("smoke", tau=0.3, epochs=4, threads=1, dataset="my images", out="whole")
     whole = ctl.train(config)
-    records = [ctl.read_record(path) for path in sorted(Path("results").rglob("*.json"))]
+    records = [ctl.read_record(path) for path in sorted(Path("runs/smoke").rglob("*.json"))]
     assert len(records) == 2
     assert {**records[0], "timing": 0, "environment": 0} == {**whole, "timing": 0, "environment": 0}
     assert not [path for path in Path().rglob("*") if path.name.endswith(".tmp")]
+    ctl.train(config)
+    assert "is there already" in capsys.readouterr().out  # by which reproduce.sh knows it
