@@ -65,7 +65,7 @@ class BadInput(ValueError):
 
 
 class NotFinite(ValueError):
-    """A similarity, an embedding, a loss or a weight is NaN or infinite."""
+    """Similarities, embeddings, the loss or weights hold NaN or infinity."""
 
 
 def require(condition: bool | Tensor, words: str, error: type[Exception] = ValueError) -> None:
@@ -171,7 +171,8 @@ def own_and_dropped(similarity: Tensor, positive: Tensor, k: int | None) -> tupl
     own = torch.zeros_like(similarity, dtype=torch.bool).scatter(1, positive[:, None], True)
     if k is None:
         return own, torch.zeros_like(own)
-    return own, ~own.scatter(1, nearest_negatives(similarity, positive, k)[1], True)
+    kept = own.scatter(1, nearest_negatives(similarity, positive, k)[1], True)
+    return own, ~kept
 
 
 def check_similarity(similarity: Tensor, positive: Tensor, tau=1.0, k=None) -> tuple[Tensor, Tensor]:
@@ -284,7 +285,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
     train_h: (n, d), or (V, n, d) for V views of each image, of which each epoch picks one at random (an image and
     its mirror image: training with random flips). SGD without weight decay, lr · gamma at the milestones (paper,
     5.1; batch, momentum and flips from the authors' code, which reports its best epoch on the test set)."""
-    views = train_h.detach() if train_h.ndim == 3 else train_h.detach()[None]  # (V, n, d)
+    views = train_h.detach().reshape(-1, *train_h.shape[-2:])  # (V, n, d)
     check_vectors(unit=False, train_h=views.flatten(0, 1), test_h=test_h)
     check_labels(train_y=(train_y, views[0]), test_y=(test_y, test_h))
     require(batch_size >= 1, "batch_size must be at least 1")
@@ -307,8 +308,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
                 optimiser.step()
             schedule.step()
         predicted = F.linear(test_h, weight.detach(), bias.detach()).argmax(dim=1)
-    finite = weight.isfinite().all() and bias.isfinite().all()
-    require(finite, "the probe's weights are not finite: try a lower --probe-lr", NotFinite)
+    require(weight.isfinite().all() and bias.isfinite().all(), "the linear probe's weights are not finite", NotFinite)
     return 100 * (predicted == test_y).double().mean().item()
 
 
@@ -320,7 +320,7 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_precision(device: torch.device, bfloat16: bool = False):
     """A context for matrix products and convolutions: in bfloat16, or else in their tensors' own dtype."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False)
 
 
 def check_vectors(unit: bool = True, **sets: Tensor) -> None:
@@ -439,10 +439,8 @@ class Data(NamedTuple):
     test_labels: Tensor
 
     def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for tensor in self[1:]:
-            digest.update(repr(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        parts = (repr(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes() for tensor in self[1:])
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 DOWNLOADS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100,
@@ -453,7 +451,7 @@ def load_dataset(dataset: str, root: str | Path = "data", size: int = 32) -> Dat
     """The dataset of that name, downloaded into `root` unless it is there; or a folder of images."""
     if dataset in DOWNLOADS:
         require(size == 32, f"{dataset} has images of 32x32: give --size 32", BadInput)
-        return load_download(dataset, Path(root).expanduser())
+        return load_download(dataset, Path(os.path.expanduser(root)))
     return load_waves(size) if dataset == "waves" else load_folder(dataset, size)
 
 
@@ -481,7 +479,7 @@ def load_download(name: str, root: Path) -> Data:
 def load_folder(folder: str | Path, size: int = 32) -> Data:
     """A folder with train/<class>/* and test/<class>/*: images of any size, upright (EXIF), the shorter side
     resized to `size` (antialiased), the middle square cut out. What is hidden is left out."""
-    folder, tensors = Path(folder).expanduser().resolve(), []
+    folder, tensors = Path(os.path.realpath(os.path.expanduser(folder))), []
     square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
 
     def wanted(path: str) -> bool:
@@ -518,7 +516,7 @@ def rank_in_class(labels: Tensor) -> tuple[Tensor, Tensor]:
     _, label, count = labels.unique(return_inverse=True, return_counts=True)
     by_class = label.argsort(stable=True)
     first = count.cumsum(0) - count  # where each class begins in `by_class`
-    rank = torch.empty_like(labels)
+    rank = torch.empty_like(label)
     rank[by_class] = torch.arange(len(labels)) - first[label[by_class]]
     return rank, count[label]
 
@@ -541,7 +539,6 @@ def hold_out(labels: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
 # The augmentation: first what is drawn, on the CPU, so that all devices draw alike; then what is done, where the
 # images are, to a whole batch at once.
 
-GREY = (0.2989, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -558,7 +555,7 @@ class Augmentation:
         return Augmentation(*(value[rows] for value in vars(self).values()))
 
     def to(self, device: torch.device | str) -> Augmentation:
-        at_once = torch.device(device).type == "cuda"  # Apple's MPS could read freed memory (pytorch#139550)
+        at_once = torch.device(device).type == "cuda"  # on Apple's MPS it may come out wrong (pytorch#139550)
         return Augmentation(*(value.to(device, non_blocking=at_once) for value in vars(self).values()))
 
 
@@ -624,7 +621,7 @@ def resize_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
 
 def grey_of(x: Tensor) -> Tensor:
     r, g, b = x.unbind(dim=1)
-    return (GREY[0] * r + GREY[1] * g + GREY[2] * b)[:, None]  # (B, 1, s, s)
+    return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]  # (B, 1, s, s)
 
 
 def blend(x: Tensor, drawn: Augmentation, place: int, active: Tensor) -> Tensor:
@@ -696,6 +693,7 @@ def load_waves(size: int = 32, train: int = 4000, test: int = 2000) -> Data:
 # ── 6  TRAINING ───────────────────────────────────────────────────────────────────────────────── paper, section 5.1 ──
 
 PROTOCOL_VERSION = 1  # goes up when the same settings would give other results, but for rounding
+NO_MEMORY = "out of memory|not enough memory|allocate memory"  # how PyTorch says it
 
 # Each loss, and the settings that it needs. A new one: a row here, its name in Config.loss, new settings as fields.
 LOSSES = {
@@ -735,7 +733,7 @@ class Config:
     test_subset: int | None = None  # test on at most that many images, likewise [ours]
     flip: bool = True  # horizontal flips in pretraining; evaluation has them always [paper, not its code]
     match_step: bool = False  # multiply the loss by tau, so that the step does not grow as 1/tau [ours]
-    # Of the network; similarities and loss are float32. auto: bfloat16 on a GPU that has it, else float32 [ours]
+    # Of the network; the loss has float32. auto: bfloat16 on a GPU that has it, else float32 (TF32 on a GPU) [ours]
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     probe_lr: float = 30.0  # of the linear probe [paper, 5.1]; 0.3 suits small widths [ours, by unused images]
     eval_every: int = 10  # epochs between two looks at kNN, uniformity, tolerance; 0: none [ours]
@@ -764,7 +762,7 @@ class Config:
                 setattr(self, name, kinds[0](value))
         require(self.size % 8 == 0 and self.size > 8, "size must be a multiple of 8, 16 or more", BadInput)
         require(max(self.momentum, self.bank_momentum) <= 1, "momentum, bank_momentum: at most 1", BadInput)
-        # What the loss needs; what would be ignored.
+        require(min(self.milestones, default=1) > 0, "milestones must be epochs above 0", BadInput)
         _, needs = LOSSES[self.loss]
         for name, usual in (("tau", 0.3), ("k", NEGATIVES[self.preset])):
             value = getattr(self, name)
@@ -839,8 +837,7 @@ def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[R
             drawn = draw_augmentation(len(index), rng, config.size, config.flip)
             losses[batch] = step(model, bank, optimiser, images, index, drawn, config)
         for value in (losses, bank.rows, *model.state_dict().values()):
-            require(value.isfinite().all(), f"loss, weights or bank are not finite in epoch {epoch + 1}: try a "
-                    "lower --lr or a larger --tau", NotFinite)
+            require(value.isfinite().all(), f"loss, weights or bank are not finite in epoch {epoch + 1}", NotFinite)
         # The last, smaller batch weighs in the mean like the others; lr is that of the epoch's first step.
         mean = losses.cpu().double().mean().item()
         entry = {"epoch": epoch + 1, "loss": mean, "lr": learning_rate(config, epoch)}
@@ -873,9 +870,8 @@ def start(config: Config, data: Data, checkpoint: Path, identity: dict):
         optimiser.load_state_dict(saved["optimiser"])
         bank = MemoryBank(N, config.dim, config.bank_momentum, saved["bank"], device=device)
         bank.rows = saved["bank"].to(device)  # to the bit: normalising again could move the last digit
-        run = saved["run"]
-        say(f"going on from {checkpoint}: {len(run['history'])} of {config.epochs} epochs done")
-        return model, optimiser, bank, run
+        say(f"going on from {checkpoint}: {len(saved['run']['history'])} of {config.epochs} epochs done")
+        return model, optimiser, bank, saved["run"]
     init = centre_head(model, images, config) if config.bank_init == "embeddings" else "random"
     bank = MemoryBank(N, config.dim, config.bank_momentum, init, generator(config.seed, "bank"), device)
     say("evaluating the untrained network")
@@ -948,7 +944,7 @@ class GraphedStep:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.loss = train_step(model, bank, optimiser, images, self.index, self.drawn, config)
         except RuntimeError as error:
-            hint = "" if "memory" in str(error) else ": --no-graph launches a step kernel by kernel"
+            hint = "" if re.search(NO_MEMORY, str(error)) else ": --no-graph launches a step kernel by kernel"
             raise RuntimeError(f"cannot capture a step as one graph ({error}){hint}")
         self.began = time.perf_counter()
 
@@ -1027,12 +1023,10 @@ def evaluate(model: ResNet18, data: Data, config: Config, in_full: bool = True) 
     kept, held_out = (index.to(h.device) for index in hold_out(data.train_labels.cpu()))
     probe = functools.partial(linear_probe, lr=config.probe_lr, seed=config.seed)
     return metrics | {
-        # Of test images; the probe learns from plain and mirrored training images.
-        "accuracy": probe(h, train_y, test_h, test_y),
+        "accuracy": probe(h, train_y, test_h, test_y),  # learnt from plain and mirrored training images
         # Of a fifth of the training images, by a probe that has not seen them: the number to choose a tau by.
         "accuracy_heldout": probe(h[:, kept], train_y[kept], train_h[held_out], train_y[held_out]),
-        # Of two augmented views of each test image.
-        "alignment": alignment(*views),
+        "alignment": alignment(*views),  # of two augmented views of each test image
         # Of each plain test image, against one augmented view of every test image.
         "profile": similarity_profile(test_z, views[0], torch.arange(len(test_z), device=test_z.device)).tolist(),
     }
@@ -1043,7 +1037,8 @@ def take_subset(data: Data, config: Config) -> Data:
     train = balanced_order(data.train_labels)[:config.subset]
     test = balanced_order(data.test_labels)[:config.test_subset]
     train_y, test_y = data.train_labels[train], data.test_labels[test]
-    require(min(len(train), len(test)) >= 10, f"{data.name} has too few images: at least 10 are needed", BadInput)
+    require(min(len(train), len(test)) >= 10, f"{data.name}: at least 10 images are needed in each part", BadInput)
+    require((config.k or 0) < len(train) - 1, f"--k {config.k} drops none of {len(train) - 1} negatives", BadInput)
     enough = torch.isin(test_y, train_y).all() and len(hold_out(train_y)[1]) > 0
     require(enough, f"{data.name}: {len(train)} training images (--subset) are too few: each tested class needs "
             "one, and one class two", BadInput)
@@ -1123,7 +1118,7 @@ def train(config: Config) -> dict:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     data = take_subset(load_dataset(config.dataset, config.data, config.size), config)
     config = dataclasses.replace(config, dataset=data.name)  # a folder's own name: no path in the record
-    path = Path(config.out).expanduser() / f"{run_path(config, data.name)}.json"
+    path = Path(os.path.expanduser(config.out), f"{run_path(config, data.name)}.json")
     checkpoint = path.with_suffix(".pt")
     identity = {"protocol_version": PROTOCOL_VERSION, "config": as_json(config.recorded()),
                 "data_sha256": data.sha256()}
@@ -1201,11 +1196,10 @@ def load_checkpoint(path: str | Path) -> dict:
         with zipfile.ZipFile(path) as file:  # what torch.save writes; torch.load checks no checksum
             require(not file.testzip(), "a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        require("run" in state and "data_sha256" in state, "of another program, or of an older one")
+        require({"data_sha256", "run", "model", "bank", "optimiser"} <= state.keys(), "of another program, or older")
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a damaged file
-        words = str(error).split("\n")[0]
-        raise BadInput(f"cannot read the checkpoint {path} ({words}): remove it, or begin again with --force")
+        raise BadInput(f"cannot read the checkpoint {path} ({str(error)[:99]}): remove it, or begin anew with --force")
 
 
 def check_same_run(path: Path, found: dict, wanted: dict) -> None:
@@ -1269,8 +1263,7 @@ def make_parser(name: str = "ctl.py", description: str | None = __doc__) -> argp
             options = dict(action=argparse.BooleanOptionalAction)
         if hint is tuple:
             options = dict(type=int, nargs="*")
-        flag = "--" + field.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+        parser.add_argument("--" + field.replace("_", "-"), default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
     return parser
 
 
@@ -1288,8 +1281,10 @@ def exit_status(name: str, work: Callable, *arguments) -> int:
         words, status = str(error), 2
     except filelock.Timeout as error:
         words, status = f"another process is at work on this run (it holds {error.lock_file})", 3
-    except (NotFinite, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|--no-graph", str(error)):
+    except NotFinite as error:
+        words, status = f"not finite: {error}; try a lower --lr (or --probe-lr) or a larger --tau", 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(f"{NO_MEMORY}|--no-graph", str(error)):
             raise
         words, status = f"{type(error).__name__}: {error}", 1
     print(f"{name}: {' '.join(words.split())}", file=sys.stderr)
