@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
 """From the records of runs: tables, verdicts on the paper's claims, figures. It trains nothing.
 
-    python results/report.py                             every preset that has records beside this file
-    python results/report.py --readme                    the same, and the generated parts of both READMEs
-    python results/report.py --tsne data/cifar10-jpeg    the same, and Fig. 2 anew from the checkpoints in runs/
+    python results/report.py               of the published records, which lie beside this file
+    python results/report.py --readme      the same, and the generated parts of both READMEs
+    python results/report.py --out runs    of a user's own records; their digits are held against the published ones
 
 Each preset's folder gets TABLE.md, CLAIMS.md and the figures. All is made before the first file is written, so a record
-that is refused changes nothing; but the points of --tsne are kept at once. In reading order: records, tables,
-verdicts, figures, Fig. 2, READMEs.
+that is refused changes nothing. In reading order: records, tables, verdicts, what a run says, figures, READMEs.
 """
-import collections
-import contextlib
+import argparse
 import io
+import itertools
 import json
 import math
 import os
@@ -21,7 +20,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+import filelock
 import torch
+from scipy.stats import page_trend_test, t as students_t
 
 HOME = Path(__file__).resolve().parent
 sys.path.insert(0, str(HOME.parent))
@@ -32,6 +33,8 @@ import ctl
 TAUS = (0.07, 0.3, 0.7, 1.0)
 MATCHED = "contrastive, match_step True"
 TABLE_1 = list(ctl.PAPER["cifar10"])  # (loss, tau) of its ten rows
+# The rows that a table shows even without a record: all ten, but for presets that run a part of them.
+SHOWN = {"quick": [row for row in TABLE_1 if row[1] != 0.07 and row[0] != "hard-simple"], "smoke": []}
 UNTRAINED = "untrained", None
 Groups = dict  # (preset, dataset, protocol version) -> list[Run]: what differs in one of the three is never averaged
 
@@ -54,12 +57,18 @@ class Run(NamedTuple):
     def in_paper(self) -> bool:
         return self.config["dataset"].split("-")[0] in ctl.PAPER
 
+    @property
+    def title(self) -> str:
+        version = self.record["protocol_version"]
+        return f"preset {self.config['preset']}, dataset {self.config['dataset']}, protocol version {version}"
+
 
 def parse(path: Path, text: str) -> dict:
     """The JSON of a file. To ask it for a key that is missing raises BadInput, which names the file and the key."""
     class Found(dict):
         def __missing__(self, key):
             raise ctl.BadInput(f"{path} has no {key!r}")
+
     try:
         return json.loads(text, object_hook=Found)
     except ValueError:
@@ -71,36 +80,37 @@ def read_run(path: Path) -> Run:
     config = record["config"]
     named = re.findall(rf"_({'|'.join(config)})-", path.stem)
     departs = {field: str(config[field]).strip("[]").replace(", ", "-") for field in named}  # milestones-160-190
-    name = ctl.cell_prefix(config["loss"], config["tau"]) + "".join(f"_{field}-{departs[field]}" for field in departs)
+    name = ctl.loss_name(config["loss"], config["tau"]) + "".join(f"_{field}-{departs[field]}" for field in departs)
     if path.parts[-3:] != (config["preset"], config["dataset"], f"{name}_seed{config['seed']}.json"):
         raise ctl.BadInput(f"{path} holds a record of another run, or is a copy: move it away")
     row = ", ".join([config["loss"], *map(" ".join, departs.items())]), config["tau"]
     return Run(path, record, config, departs, row, record["final"])
 
 
-def check_alike(run: Run, seen: dict) -> None:
+def check_alike(runs: list[Run]) -> None:
     """Raise BadInput, naming the key, where records of one table differ in more than their names say."""
-    may_differ = {"loss", "tau", "k", "seed", *run.departs}
-    settings = {key: value for key, value in run.config.items() if key not in may_differ}
-    if run.config["dataset"] != "shapes":  # another kind of CPU rounds a pixel of these differently
-        of = "sha256 of the images (size {size}, subset {subset}, test_subset {test_subset})".format_map(run.config)
-        settings[of] = run.record["data"]["sha256"]
-    for key, value in settings.items():
-        usual, path = seen.setdefault(key, (value, run.path))
-        if value != usual:
-            raise ctl.BadInput(f"{run.path}: {key} is {value}, but {usual} in {path}: records of one table must agree "
-                               "in it; move one of them away")
+    seen, fields = {}, {field for run in runs for field in run.config}
+    for run in runs:
+        images = "data_sha256 (size {size}, subset {subset}, test_subset {test_subset})".format_map(run.config)
+        settings = {field: run.config.get(field, "missing")
+                    for field in fields - {"loss", "tau", "seed", *run.departs}}
+        for key, value in {**settings, images: run.record["data_sha256"]}.items():
+            key += f" of {run.config['loss']}" if key == "k" else ""
+            usual, path = seen.setdefault(key, (value, run.path))
+            if value != usual:
+                raise ctl.BadInput(f"{run.path}: {key} is {value}, but {usual} in {path}: records of one table must "
+                                   "agree in it; move one of them away")
 
 
-def read_groups(results: Path) -> Groups:
+def read_groups(out: Path) -> Groups:
     """All records, in the order of the table, then the untrained networks. Raises BadInput for one that is broken or
-    misplaced."""
-    groups, seen = {}, {}
-    for run in map(read_run, sorted(results.glob("*/*/*.json"))):
-        key = run.config["preset"], run.config["dataset"], run.record["protocol_version"]
-        check_alike(run, seen.setdefault(key, {}))
-        groups.setdefault(key, []).append(run)
+    misplaced. Hidden files, which macOS and notebooks leave, are no records."""
+    groups = {}
+    paths = [path for path in out.glob("*/*/*.json") if not any(part.startswith(".") for part in path.parts[-3:])]
+    for run in map(read_run, sorted(paths)):
+        groups.setdefault((run.config["preset"], run.config["dataset"], run.record["protocol_version"]), []).append(run)
     for runs in groups.values():
+        check_alike(runs)
         runs.sort(key=lambda run: (place(run.row), run.config["seed"]))
         untrained = {run.config["seed"]: run._replace(row=UNTRAINED, final=run.final["untrained"])
                      for run in runs if not run.departs}  # the same for all runs of a seed
@@ -138,18 +148,18 @@ def link(words, path: Path, folder: Path) -> str:
     return f"[{words}]({Path(os.path.relpath(path, folder)).as_posix().replace(' ', '%20')})"
 
 
-def table(runs: list[Run], folder: Path | None = None) -> str:
-    """Ours beside the paper's. Without a folder: the rows of Table 1; with one: all rows, and links from there."""
-    config, rows = runs[0].config, {UNTRAINED, *TABLE_1}
-    if folder:
-        # A row of Table 1 without a record is shown as missing, but for presets that show a few rows only.
-        rows = {run.row for run in runs} | {UNTRAINED, *(TABLE_1 if config["preset"] not in ("quick", "smoke") else ())}
+def rows_of(runs: list[Run]) -> set:
+    return {run.row for run in runs} | {*SHOWN.get(runs[0].config["preset"], TABLE_1), UNTRAINED}
+
+
+def table(runs: list[Run], rows, folder: Path | None = None) -> str:
+    """Ours beside the paper's. With a folder: and links from there to the records."""
     beside = ctl.TABULATED if runs[0].in_paper else ()
     head, lines = ["loss", "τ"], []
     for key, (title, _) in COLUMNS.items():
         head += [title, "paper"] if key in beside else [title]
     for name, tau in sorted(rows, key=place):
-        line, paper = [name, tau or ""], ctl.paper_values(config["dataset"], name, tau)
+        line, paper = [name, tau or ""], ctl.paper_values(runs[0].config["dataset"], name, tau)
         for key, (_, digits) in COLUMNS.items():
             values = measured(runs, name, key).get(tau, [])
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -163,18 +173,14 @@ def table(runs: list[Run], folder: Path | None = None) -> str:
 
 
 def about(run: Run) -> str:
-    return f"{run.record['data']['train']:,} training images, {run.config['epochs']} epochs"
+    return f"{run.record['images']['train']:,} training images, {run.config['epochs']} epochs"
 
 
 def caption(runs: list[Run]) -> str:
-    """The protocol of a table, from its records."""
-    machines = {"torch {torch}, {precision}, {device}".format_map(run.record["environment"]) for run in runs}
-    protocol = ("batch {batch_size}, ResNet-18 of width {width}, SGD with learning rate {lr}, {schedule} schedule, "
-                "bank from {bank_init}; linear probe with learning rate {probe_lr}")
-    return (f"{about(runs[0])}, {protocol.format_map(runs[0].config)}. A row that names a setting departs in it. "
-            "Accuracy is the probe's after its last epoch; kNN has k = 200. Each value is the mean over seeds ± the "
-            "standard deviation; the number of seeds is in brackets. The last row is the network before training. "
-            f"Run with {'; '.join(sorted(machines))}.")
+    machines = sorted({"torch {torch}, {precision}, {device}".format_map(run.record["environment"]) for run in runs})
+    return (f"{about(runs[0])}. Mean ± standard deviation over seeds (number). A row that names a setting departs "
+            "in it from the preset. Accuracy is the linear probe's after its last epoch; the last row is the network "
+            f"before training. Run with {'; '.join(machines)}.")
 
 
 def ladder(runs: list[Run]) -> str:
@@ -184,11 +190,10 @@ def ladder(runs: list[Run]) -> str:
         small, large = ({run.config["seed"]: run for run in runs if run.row == (name, tau)} for tau in (0.07, 0.3))
         seeds = sorted(small.keys() & large.keys())
         if seeds and name.startswith("contrastive"):
-            gains = [{seed: large[seed].final[key] - small[seed].final[key] for seed in seeds}
+            gains = [judge_bar({seed: (large[seed].final[key] - small[seed].final[key], 0) for seed in seeds}, 1, "", 2)
                      for key in ("accuracy", "knn")]
-            config = small[seeds[0]].config
-            lines.append([config["epochs"], config["width"], len(seeds),
-                          *(judge_effect(gain, 2).effect for gain in gains)])
+            config, gains = small[seeds[0]].config, [gain.effect.split(";")[0].strip() for gain in gains]
+            lines.append([config["epochs"], config["width"], len(seeds), *gains])
     return markdown(["epochs", "width", "seeds", "accuracy at τ = 0.3 less that at 0.07 (95 % interval)",
                      "the same of kNN"], sorted(lines))
 
@@ -199,343 +204,368 @@ def ladder(runs: list[Run]) -> str:
 # worse" more than 2 (the authors' one repeated setting has a standard deviation of 0.30); "flat", and "nothing useful",
 # are at most a quarter of the ordinary loss's range or gain.
 
-NEEDS = """τ is 0.07, 0.3, 0.7, 1.0.
-
-- C1, C2 and C8 say that something grows or falls with τ. Page's trend test over the seeds that have all four τ decides,
-  one-sided, 2.5 % each way. It rejects equality, not a step in the wrong place. So the smallest step, the largest
-  against the trend, stands beside it. Where the 95 % interval of that step lies wholly on the wrong side, the verdict
-  names it. C8 is confirmed if both its trends are, refuted if either is. That the positive tends to 1 is shown
-  (figure 8), not tested.
-- Every other claim has an effect for each seed that has all runs it needs; above 0 speaks for the claim. Confirmed: the
-  95 % interval (Student's t over the seeds) lies above 0. Refuted: it lies below 0. Else undecided.
-- The best τ of a loss is chosen by `accuracy_heldout`, the accuracy on a fifth of the training labels, never on test
-  data.
-- Fewer than two seeds decide nothing. The nine claims are tested without correction for their number. These rules were
-  written before the first records of `narrow` and `paper`, and after those of `mini` had been seen.
-"""
+HOLDS, FAILS, NOT_RUN = "holds in the one seed", "fails in the one seed", "not run"
+RULES = "In brackets: 95 % intervals. results/README.md says how a verdict is found, and what it leaves out.\n"
 
 
 class Cells(dict):
-    """One seed's runs: (name, tau) -> metrics. KeyError and TypeError say that a run is missing, a metric null."""
+    """One seed's runs, (name, tau) -> metrics, and the tau that count."""
+    taus = TAUS
 
     def over_tau(self, key: str, loss: str = "contrastive") -> list:
-        return [self[loss, tau][key] for tau in TAUS]
+        return [self[loss, tau][key] for tau in self.taus]
 
-    def best(self, loss: str = "contrastive", taus: tuple = TAUS) -> float:
-        return max(taus, key=lambda tau: self[loss, tau]["accuracy_heldout"])
+    def best(self, loss: str = "contrastive", taus: tuple = ()) -> float:
+        return max(taus or self.taus, key=lambda tau: self[loss, tau]["accuracy_heldout"])
 
-    def accuracy(self, loss: str) -> float:
-        return self[loss, self.best(loss) if loss == "contrastive" else None]["accuracy"]
+    def accuracy(self, loss: str = "contrastive") -> float:
+        return self[loss, self.best() if loss == "contrastive" else None]["accuracy"]
 
-    def reverse_u(self, loss: str) -> float:
-        accuracy = dict(zip(TAUS, self.over_tau("accuracy", loss)))
-        return accuracy[self.best(loss, (0.3, 0.7))] - max(accuracy[0.07], accuracy[1.0])
+    def lead(self, loss: str = "contrastive") -> float:
+        """Of the middle tau, chosen by the held-out labels, over the better end."""
+        middle = self[loss, self.best(loss, self.taus[1:-1])]["accuracy"]
+        return middle - max(self[loss, tau]["accuracy"] for tau in (self.taus[0], self.taus[-1]))
 
-    def flatness(self) -> float:
-        ordinary, hard = self.over_tau("uniformity"), self.over_tau("uniformity", "hard")
-        flat = (max(ordinary) - min(ordinary)) / 4 - (max(hard) - min(hard))
-        return flat if self.best("hard") > self.best() else min(flat, 0.0)
+    def range(self, loss: str = "contrastive") -> float:
+        return max(self.over_tau("uniformity", loss)) - min(self.over_tau("uniformity", loss))
 
-    def gain(self, loss: str) -> float:
-        return self.accuracy(loss) - self.accuracy("untrained")
+    def lacks(self, losses: list[str]) -> str:
+        """The runs of these losses that are not there."""
+        taus = {loss: self.taus if loss.split(",")[0] in ("contrastive", "hard") else [None] for loss in losses}
+        absent = {loss: [str(tau or "") for tau in taus[loss] if (loss, tau) not in self] for loss in losses}
+        return ", ".join(f"{loss} {' '.join(words)}".strip() for loss, words in absent.items() if words)
 
 
-SMALLEST = "the smallest step from one τ to the next; p: Page's test"
-# A claim, its measures, what its effect is. A measure is an effect, above 0 where it speaks for the claim, or a trend,
-# whose values at the four tau should rise. C8 has two.
+# A claim, the losses whose runs it needs, its measures: 1 where above the bar, or growing with tau, speaks for it, -1
+# where below it, or falling; words; digits; a quantity and its bar, or a quantity at each tau, which is a trend.
 CLAIMS = {
-    "C1": ("ordinary loss: uniformity falls as τ grows",
-           {"": lambda c: [-value for value in c.over_tau("uniformity")]}, SMALLEST),
-    "C2": ("ordinary loss: tolerance grows with τ",
-           {"": lambda c: [+value for value in c.over_tau("tolerance")]}, SMALLEST),
-    "C3": ("ordinary loss: accuracy against τ is a reverse U", {"": lambda c: c.reverse_u("contrastive")},
-           "accuracy at τ = 0.3 or 0.7 (by the held-out labels), less that at the better end (0.07 or 1, by the test "
-           "images)"),
-    "C4": ("the simple loss is much worse than the ordinary loss at its best τ",
-           {"": lambda c: c.accuracy("contrastive") - c.accuracy("simple") - 2}, "accuracy lost, less 2 points"),
-    "C5": ("hard simple is competitive with the ordinary loss at its best τ",
-           {"": lambda c: c.accuracy("hard-simple") - c.accuracy("contrastive") + 1}, "accuracy gained, plus 1 point"),
-    "C6": ("hard loss: more uniform than the ordinary loss at the same τ",
-           {"": lambda c: mean(c.over_tau("uniformity", "hard")) - mean(c.over_tau("uniformity"))},
-           "the gain in uniformity, mean over the four τ"),
-    "C7": ("hard loss: uniformity almost flat in τ, best τ larger than the ordinary loss's", {"": Cells.flatness},
-           "a quarter of the ordinary loss's range of uniformity over τ, less the hard loss's; 0 at most where its "
-           "best τ is not larger"),
+    "C1": ("ordinary loss: uniformity falls as τ grows", ["contrastive"],
+           [(-1, "uniformity", 3, lambda c: c.over_tau("uniformity"))]),
+    "C2": ("ordinary loss: tolerance grows with τ", ["contrastive"],
+           [(+1, "tolerance", 3, lambda c: c.over_tau("tolerance"))]),
+    "C3": ("ordinary loss: accuracy against τ is a reverse U", ["contrastive"],
+           [(+1, "points by which the middle τ leads the better end:", 2, lambda c: (c.lead(), 0))]),
+    "C4": ("the simple loss is much worse than the ordinary loss at its best τ", ["contrastive", "simple"],
+           [(+1, "points lost:", 2, lambda c: (c.accuracy() - c.accuracy("simple"), 2))]),
+    "C5": ("hard simple is competitive with the ordinary loss at its best τ", ["contrastive", "hard-simple"],
+           [(+1, "points gained:", 2, lambda c: (c.accuracy("hard-simple") - c.accuracy(), -1))]),
+    "C6": ("hard loss: more uniform than the ordinary loss at the same τ", ["contrastive", "hard"],
+           [(+1, "uniformity gained, mean over τ:", 3,
+             lambda c: (mean(c.over_tau("uniformity", "hard")) - mean(c.over_tau("uniformity")), 0))]),
+    "C7": ("hard loss: uniformity almost flat in τ, best τ larger than the ordinary loss's", ["contrastive", "hard"],
+           [(-1, "range of uniformity over τ:", 3, lambda c: (c.range("hard"), c.range() / 4)),
+            (+1, "best τ:", 2, lambda c: (c.best("hard"), c.best()))]),
     "C8": ("as τ falls, the gap from the positive to the nearest negative widens; as τ grows, the positive's "
-           "similarity grows", {"gap": lambda c: [profile[1] - profile[0] for profile in c.over_tau("profile")],
-                                "positive": lambda c: [+profile[0] for profile in c.over_tau("profile")]}, SMALLEST),
-    "C9": ("the τ→0 loss learns nothing useful",
-           {"": lambda c: c.gain("contrastive") / 4 - c.gain("triplet")}, "a quarter of the ordinary loss's "
-           "gain in accuracy over the untrained network, less the triplet loss's gain"),
-    "M": ("ours, not the paper's: C3 holds also where the step does not grow as 1/τ",
-          {"": lambda c: c.reverse_u(MATCHED)}, "as C3, of the loss times τ (`--match-step`)"),
+           "similarity grows", ["contrastive"],
+           [(-1, "gap", 3, lambda c: [profile[0] - profile[1] for profile in c.over_tau("profile")]),
+            (+1, "positive", 3, lambda c: [profile[0] for profile in c.over_tau("profile")])]),
+    "C9": ("the τ→0 loss learns nothing useful", ["contrastive", "triplet"],
+           [(-1, "points over the untrained network:", 2, lambda c: (
+               c.accuracy("triplet") - c.accuracy("untrained"), (c.accuracy() - c.accuracy("untrained")) / 4))]),
+    "M": ("ours, not the paper's: C3 holds also where the step does not grow as 1/τ (`--match-step`)", [MATCHED],
+          [(+1, "points by which the middle τ leads the better end:", 2, lambda c: (c.lead(MATCHED), 0))]),
 }
 
 
 class Finding(NamedTuple):
     """What the records say of a claim."""
-    verdict: str = "undecided"
-    effect: str = "–"
-    of_each_seed: str = "–"
-    seeds: int = 0
+    verdict: str
+    effect: str
+    of_each_seed: str
+    seeds: int
 
 
-def judge_effect(effects: dict[int, float], digits: int = 3) -> Finding:
-    """effects: seed -> effect; above 0 speaks for the claim. The 95 % interval of their mean is Student's."""
-    from scipy.stats import t
-    values, half = list(effects.values()), math.inf
-    middle = mean(values)
-    words = f"{middle:.{digits}f}"
-    if len(values) > 1:
-        half = t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-        words += f" ({middle - half:.{digits}f} to {middle + half:.{digits}f})"
-    verdict = "confirmed" if middle > half else "refuted" if middle < -half else "undecided"
-    return Finding(verdict, words, ", ".join(f"{seed}: {effect:.3f}" for seed, effect in effects.items()), len(values))
+def judge_bar(found: dict[int, tuple], sign: int, words: str, digits: int) -> Finding:
+    """found: seed -> the quantity and its bar. The 95 % interval of their distance (Student's t) decides."""
+    values, bars = zip(*found.values())
+    margins, count = [sign * (value - bar) for value, bar in found.values()], len(found)
+    middle, margin, interval = mean(values), mean(margins), ""
+    if count == 1:
+        verdict = HOLDS if margin > 0 else FAILS
+    else:
+        half = students_t.ppf(0.975, count - 1) * stdev(margins) / math.sqrt(count)
+        verdict = "confirmed" if margin > half else "refuted" if margin < -half else "undecided"
+        interval = f" ({middle - half:.{digits}f} to {middle + half:.{digits}f})"
+    effect = f"{words} {middle:.{digits}f}{interval}; the bar is {round(mean(bars), digits):g}"
+    each = [f"{seed}: {value:.{digits}f}" + f" against {bar:.{digits}f}" * (len(set(bars)) > 1)
+            for seed, (value, bar) in found.items()]
+    return Finding(verdict, effect, ", ".join(each), count)
 
 
-def judge_trend(trend: dict[int, list[float]]) -> Finding:
-    """trend: seed -> the values at the four tau, which should rise. The smallest step is its effect."""
-    from scipy.stats import page_trend_test
-    steps = {f"τ {a} → {b}": {seed: row[i + 1] - row[i] for seed, row in trend.items()}
-             for i, (a, b) in enumerate(zip(TAUS, TAUS[1:]))}
-    at = min(steps, key=lambda step: mean(steps[step].values()))
-    least = judge_effect(steps[at])
-    effect = f"{at}: {least.effect}"
-    if len(trend) == 1:
-        return least._replace(effect=effect)
-    rises, falls = (page_trend_test([row[::way] for row in trend.values()]).pvalue for way in (1, -1))
-    verdict = "confirmed" if rises <= 0.025 else "refuted" if falls <= 0.025 else "undecided"
-    if verdict == "confirmed" and least.verdict == "refuted":
-        verdict += f", except {at}"
-    return least._replace(verdict=verdict, effect=f"{effect}; p = {rises:.2g}")
+def judge_trend(found: dict[int, list], taus: tuple, sign: int, words: str, digits: int) -> Finding:
+    """found: seed -> the quantity at each tau. Page's test decides, one-sided, 2.5 % each way. It rejects equality, not
+    a step in the wrong place: where the smallest step is refuted, the verdict names it. In one seed all steps count."""
+    rows = list(found.values())
+    steps = [[sign * (row[i + 1] - row[i]) for row in rows] for i in range(len(taus) - 1)]
+    least = min(steps, key=mean)
+    at = "τ {} to {}".format(*taus[steps.index(least):][:2])
+    words += f" {', '.join(f'{mean(column):.{digits}f}' for column in zip(*rows))}; smallest step, {at}:"
+    finding = judge_bar({seed: (step, 0) for seed, step in zip(found, least)}, 1, words, digits)
+    if len(rows) == 1:
+        return finding
+    claimed, reverse = (page_trend_test([row[::way] for row in rows]).pvalue for way in (sign, -sign))
+    exception = f", except {at}" if finding.verdict == "refuted" else ""
+    verdict = f"confirmed{exception}" if claimed <= 0.025 else "refuted" if reverse <= 0.025 else "undecided"
+    return finding._replace(verdict=verdict, effect=f"{finding.effect}; p = {claimed:.2g}")
 
 
-def join(found: dict[str, Finding]) -> Finding:
-    """Of a claim that has several measures: refuted if one is, confirmed if all are."""
-    verdicts = {finding.verdict: None for finding in found.values()}
-    exceptions = "".join(verdict.removeprefix("confirmed") for verdict in verdicts)
-    verdict = next((verdict for verdict in ("refuted", "undecided") if verdict in verdicts), f"confirmed{exceptions}")
-    say = lambda field: "; ".join(f"{name} {getattr(finding, field)}".strip() for name, finding in found.items())
-    return Finding(verdict, say("effect"), say("of_each_seed"), min(finding.seeds for finding in found.values()))
-
-
-def judge_measure(measure, seeds: dict[int, Cells]) -> Finding:
-    found = {}
-    for seed, cells in sorted(seeds.items()):
-        with contextlib.suppress(KeyError, TypeError):
-            found[seed] = measure(cells)
-    if not found:
-        return Finding()
-    return judge_trend(found) if isinstance(next(iter(found.values())), list) else judge_effect(found)
+def cells_of(runs: list[Run]) -> dict[int, Cells]:
+    """seed -> its runs, but for those with a metric that is null; over those tau of Table 1 that the table has."""
+    taus, seeds = tuple(tau for tau in TAUS if ("contrastive", tau) in rows_of(runs)), {}
+    for run in sorted(runs, key=lambda run: run.config["seed"]):
+        cells = seeds.setdefault(run.config["seed"], Cells())
+        cells.taus = taus if len(taus) > 2 else TAUS
+        metrics = [run.final[key] for key in ("accuracy", "accuracy_heldout", "uniformity", "tolerance")]
+        if None not in metrics + run.final["profile"]:
+            cells[run.row] = run.final
+    return seeds
 
 
 def judge(runs: list[Run]) -> dict[str, Finding]:
-    seeds: dict[int, Cells] = {}
-    for run in runs:
-        seeds.setdefault(run.config["seed"], Cells())[run.row] = run.final
-    return {claim: join({name: judge_measure(measure, seeds) for name, measure in measures.items()})
-            for claim, (_, measures, _) in CLAIMS.items()}
+    """Each claim, over the seeds that have all runs it needs; what the others lack is named. Of several measures one
+    that is refuted refutes the claim; all must be confirmed."""
+    judged, seeds = {}, cells_of(runs)
+    for claim, (_, losses, measures) in CLAIMS.items():
+        lacking = [f"seed {seed} lacks {words}" for seed, cells in seeds.items() if (words := cells.lacks(losses))]
+        whole, parts = {seed: cells for seed, cells in seeds.items() if not cells.lacks(losses)}, []
+        for *how, of in measures if whole else ():
+            found = {seed: of(cells) for seed, cells in whole.items()}
+            (cells, *_), (value, *_) = whole.values(), found.values()
+            parts.append(judge_trend(found, cells.taus, *how) if isinstance(value, list) else judge_bar(found, *how))
+        verdicts = list(dict.fromkeys(part.verdict for part in parts))
+        confirmed = "confirmed" + "".join(verdict.removeprefix("confirmed") for verdict in verdicts)
+        verdict = next((word for word in ("refuted", FAILS, "undecided", HOLDS) if word in verdicts), confirmed)
+        effect, each = ("; ".join(getattr(part, field) for part in parts) for field in ("effect", "of_each_seed"))
+        judged[claim] = (Finding(verdict, effect, "; ".join([each, *lacking]), len(whole)) if whole else
+                         Finding(NOT_RUN, "; ".join(lacking), "", 0))
+    return judged
 
 
 def effects(runs: list[Run]) -> str:
-    """A line a verdict, with the effect of each seed, and what the effect is."""
-    lines = [[name, CLAIMS[name][0], f"**{found.verdict}**", found.effect, found.of_each_seed, CLAIMS[name][2]]
+    """A line a verdict: what is measured, its bar, and of each seed."""
+    lines = [[name, CLAIMS[name][0], f"**{found.verdict}**", found.effect, found.of_each_seed]
              for name, found in judge(runs).items()]
-    return markdown(["", "claim", "verdict", "effect (95 % interval)", "of each seed", "what the effect is"], lines)
+    return markdown(["", "claim", "verdict", "measured (95 % interval)", "of each seed"], lines)
 
 
-def compare(groups: Groups) -> str:
-    """The paper's nine claims, and what each preset says of them."""
-    columns = {f"{preset}, {dataset}": judge(runs) for (preset, dataset, version), runs in groups.items()
-               if runs[0].in_paper and version == ctl.PROTOCOL_VERSION}
-    lines = [[name, CLAIMS[name][0], *(in_short(found[name]) for found in columns.values())] for name in CLAIMS]
-    return markdown(["", "the paper's claim", *columns], lines[:9])  # the tenth is ours
+# ------------------------------------------------------------------------------------------------- what a report says
+
+# What `quick` is there to show: rows of numbers that grow (1) or fall (-1) in each step.
+PROMISED = {
+    "uniformity falls as τ grows": (-1, lambda c: [c.over_tau("uniformity")]),
+    "tolerance grows with τ": (+1, lambda c: [c.over_tau("tolerance")]),
+    "the hard loss is more uniform than the ordinary loss, at each τ":
+        (+1, lambda c: list(zip(c.over_tau("uniformity"), c.over_tau("uniformity", "hard")))),
+}
+MACHINE = ("cpu", "device", "ONEDNN_MAX_CPU_ISA", "threads", "torch")  # where these agree, digits do
 
 
-def in_short(found: Finding) -> str:
-    return f"**{found.verdict}**: {found.effect}; {in_words([found.seeds])}" if found.seeds else "runs are missing"
+def promised(runs: list[Run]) -> str:
+    lines = []
+    for seed, cells in cells_of(runs).items():
+        lacks = cells.lacks(["contrastive", "hard"])
+        lines.append(f"seed {seed}, τ = {', '.join(map(str, cells.taus))}" + f": lacks {lacks}" * bool(lacks))
+        for words, (sign, of) in {} if lacks else PROMISED.items():
+            shows = all(sign * (b - a) > 0 for row in of(cells) for a, b in zip(row, row[1:]))
+            numbers = ", ".join(" → ".join(f"{value:.2f}" for value in row) for row in of(cells))
+            lines.append(f"  {'shows' if shows else 'does not show':15}{words}: {numbers}")
+    return "\n".join(lines)
 
 
-def in_words(counts: list[int]) -> str:
-    few, many = min(counts, default=0), max(counts, default=0)
-    return f"{few} to {many} seeds" if few < many else "one seed" if few == 1 else f"{few} seeds"
+def farthest(a, b) -> float:
+    """How far one value, or one list, is from another; null counts as 0."""
+    return max(map(farthest, a, b)) if isinstance(a, list) else abs((a or 0.0) - (b or 0.0))
+
+
+def against_published(runs: list[Run], out: Path) -> str:
+    """Are a user's records, digit for digit, the published ones? If not: what differs, and why it may."""
+    places = [(run.record, HOME / run.path.relative_to(out)) for run in runs if run.row != UNTRAINED and out != HOME]
+    pairs = [(ours, read_run(path).record) for ours, path in places if path.exists()]
+    others = [(ours, theirs) for ours, theirs in pairs if ours["sha256"] != theirs["sha256"]]
+    if not others:
+        return f"digits: all {len(pairs)} records equal the published ones" if pairs else ""
+    most = {key: max(farthest(ours["final"][key], theirs["final"][key]) for ours, theirs in others)
+            for key in others[0][0]["final"].keys() - {"untrained"}}
+    metrics = ", ".join(f"{key} by {far:.2g}" for key, far in sorted(most.items()) if far) or "no metric"
+    here, there = ("; ".join(sorted({", ".join(f"{key} {pair[side]['environment'].get(key, '?')}" for key in MACHINE)
+                                     for pair in others})) for side in (0, 1))
+    same = all(ours[key] == theirs[key] for ours, theirs in others for key in ("config", "data_sha256"))
+    reason = "another kind of CPU, or another torch, rounds otherwise, and training amplifies that"
+    return (f"digits: {len(others)} of {len(pairs)} records differ from the published ones; at most: {metrics}\n"
+            f"  here:      {here}\n  published: {there}\n  {reason if same else 'their settings or images differ too'}")
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
 
 PAPER_TAUS = (None, *sorted({*TAUS, *ctl.PAPER_ACCURACY["cifar10"]}))
 # Okabe and Ito: told apart by all readers.
-COLOURS = {"contrastive": "#0072b2", "hard": "#d55e00", MATCHED: "#009e73", "simple": "#cc79a7", "untrained": "#666666"}
-STYLE = {"svg.hashsalt": "ctl", "font.size": 11, "axes.titlesize": 12, "figure.titlesize": 12,
+COLOURS = {"contrastive": "#0072b2", "hard": "#d55e00", "simple": "#cc79a7"}
+STYLE = {"svg.hashsalt": "ctl", "font.size": 11, "axes.titlesize": 11, "figure.titlesize": 15,
          "axes.spines.top": False, "axes.spines.right": False}
 METADATA = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}  # the same file on any day
 
 
 def draw(runs: list[Run]) -> dict[Path, bytes]:
-    """The paper's Figs. 2 to 9 from the records, as SVG and PNG. A caller's own backend, settings and open figures stay
+    """The paper's Figs. 3 to 9 from the records, as SVG and PNG. A caller's own backend, settings and open figures stay
     as they are: pyplot is not used."""
     import matplotlib.style
     from matplotlib.figure import Figure
-    config, stem, files = runs[0].config, runs[0].stem, {}
-    title = f"preset {config['preset']}: {config['dataset']}, {about(runs[0])}"
-    figures = {f"{stem}-dilemma": (draw_dilemma, 7.2), f"{stem}-profile": (draw_profiles, 6.4),
-               f"{stem}-tsne": (draw_planes, 5.2), stem.with_name("penalty"): (draw_penalty, 4.5)}
+    files, stem = {}, runs[0].stem
+    borne = {claim for claim, found in judge(runs).items() if found.verdict in ("confirmed", HOLDS)}
+    figures = {f"{stem}-dilemma": draw_dilemma, f"{stem}-profile": draw_profile,
+               stem.with_name("penalty"): draw_penalty}
     with matplotlib.style.context(["default", STYLE]):
-        for name, (fill, height) in figures.items():
-            figure = Figure(figsize=(8.5, height), layout="constrained")
-            if fill(figure, runs, title):
-                for kind, metadata in METADATA.items():
-                    buffer = io.BytesIO()
-                    figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-                    files[Path(f"{name}.{kind}")] = buffer.getvalue()
+        for name, fill in figures.items():
+            figure = Figure(figsize=(8.5, 4.3), layout="constrained")
+            fill(figure, runs, borne)
+            for kind, metadata in METADATA.items() if figure.axes else ():
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+                files[Path(f"{name}.{kind}")] = buffer.getvalue()
     return files
 
 
-def draw_curve(axis, points: dict, **style) -> None:
-    """Mean and standard deviation against tau; a level line where there is no tau."""
-    if None in points:
-        axis.axhline(mean(points[None]), **style)
-    elif points:
-        spread = [stdev(values) if len(values) > 1 else math.nan for values in points.values()]
-        means = list(map(mean, points.values()))
-        axis.errorbar(list(points), means, spread, marker="o", markersize=5, capsize=3, **style)
-
-
-def draw_dilemma(figure, runs: list[Run], title: str) -> bool:
-    """Figs. 4 and 6, 5 and 7, 9: uniformity, tolerance and accuracy against tau."""
-    dataset, before = runs[0].config["dataset"], measured(runs, "untrained", "accuracy")
-    untrained = f" (untrained: {mean(before[None]):.1f})" if before else ""
-    axes = figure.subplots(2, 2, sharex=True).flatten()
-    panels = (("uniformity", "uniformity (larger = more uniform)", True, True), ("tolerance", "tolerance", True, True),
-              ("accuracy", f"linear accuracy, %, ours{untrained}", True, False),
-              ("accuracy", "linear accuracy, %, the paper's", False, True))
-    ticks = sorted({*TAUS, *(run.row[1] for run in runs if (run.row[1] or 1) < 0.05)})
-    for axis, (key, heading, with_ours, with_papers) in zip(axes, panels):
-        axis.set(xscale="log", xlabel="temperature τ", title=heading)
-        for name, colour in COLOURS.items():
-            label, line = name.replace("match_step True", "loss times τ"), ":" if name == "untrained" else "-"
-            # The untrained network's accuracy, far below, would flatten the curves: it stands in the heading.
-            if with_ours and (name, key) != ("untrained", "accuracy"):
-                draw_curve(axis, measured(runs, name, key), color=colour, linestyle=line, label=f"{label}, ours")
-            paper = {tau: ctl.paper_values(dataset, name, tau)[key] for tau in PAPER_TAUS if with_papers}
-            paper = {tau: [value] for tau, value in paper.items() if value is not None}
-            draw_curve(axis, paper, color=colour, linestyle="--", alpha=0.6, label=f"{label}, the paper's")
-        axis.set_xticks(ticks, [f"{tau:g}" for tau in ticks])
+def draw_panels(figure, runs: list[Run], panels: dict, title: str, note: str) -> None:
+    """panels: heading -> [(name, colour, ours, the paper's)], each tau -> values, or None -> those of a level. A point
+    of one seed is hollow; a curve has its name where it ends; the protocol is a small line at the foot."""
+    taus = sorted({tau for curves in panels.values() for *_, ours, _ in curves for tau in ours if tau})
+    ticks = [tau for tau in taus if tau in (*TAUS, taus[0]) and (tau != 0.7 or taus[0] >= 0.07)]  # 0.7 is near 1
+    for axis, (heading, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
+        for _, colour, ours, paper in curves:
+            within = {tau: values for tau, values in paper.items() if taus[0] <= (tau or taus[0]) <= taus[-1]}
+            for values, style in (within, {"linestyle": "--", "alpha": 0.6}), (ours, {}):
+                if None in values:  # a level
+                    axis.axhline(mean(values[None]), color=colour, **style)
+                else:
+                    axis.plot(list(values), list(map(mean, values.values())), color=colour, **style)
+            for tau, some in ours.items() if None not in ours else ():
+                spread, fill = (stdev(some), colour) if len(some) > 1 else (None, "white")
+                axis.errorbar(tau, mean(some), spread, marker="o", color=colour, markerfacecolor=fill, capsize=3)
+        axis.set(title=heading, xscale="log", xlim=(taus[0] / 1.12, taus[-1] * 1.12), xlabel="temperature τ")
+        axis.set_xticks(ticks, [f"{tau:g}" for tau in ticks], fontsize=9)
         axis.minorticks_off()
-        axis.tick_params(labelbottom=True)
-    # The same span in points, so that a step looks as large in one panel as in the other.
-    limits = [axis.get_ylim() for axis in axes[2:]]
-    half = max(high - low for low, high in limits) / 2
-    for axis, (low, high) in zip(axes[2:], limits):
-        axis.set_ylim((low + high) / 2 - half, (low + high) / 2 + half)
-    axes[3].set_visible(runs[0].in_paper)
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=10)
-    counts = collections.Counter(run.row for run in runs if run.row[0] in COLOURS).values()
-    spread = "mean ± standard deviation over " if max(counts, default=0) > 1 else ""
-    figure.suptitle(f"{title}\n{spread}{in_words(counts)}")
-    return True
+        (low, high), place = axis.get_ylim(), -math.inf
+        for value, name, colour in sorted((mean([*ours.values()][-1]), *label) for *label, ours, _ in curves if ours):
+            place = max(value, place + (high - low) / 14)  # above the name below
+            axis.text(1.02, place, name, color=colour, va="center", transform=axis.get_yaxis_transform())
+    figure.suptitle(title)
+    protocol = f"preset {runs[0].config['preset']}: {runs[0].config['dataset']}, {about(runs[0])}"
+    figure.supxlabel(f"{note}\n{protocol}", fontsize=9.5)
 
 
-def draw_profiles(figure, runs: list[Run], title: str) -> bool:
-    """Fig. 8: the mean similarity of the positive and of the ten nearest negatives, at the four tau of Table 1."""
-    found = measured(runs, "contrastive", "profile")
-    profiles = {tau: [p for p in found.get(tau, []) if None not in p] for tau in TAUS}
-    counts = [len(some) for some in profiles.values() if some]
-    for tau, axis in zip(TAUS, figure.subplots(2, 2).flat):
-        means = list(map(mean, zip(*profiles[tau]))) or [0] * 11
-        axis.bar(["pos", *(f"n{place}" for place in range(1, 11))], means, color=["#d55e00"] + ["#0072b2"] * 10)
-        axis.set(title=f"τ = {tau}{'' if profiles[tau] else ': no records yet'}", ylim=(0, 1), ylabel="mean similarity")
-    figure.suptitle(f"{title}; {in_words(counts)}\npos: an image and a view of itself; n1 to n10: an "
-                    "image and views of the ten others nearest to it")
-    return bool(counts)
+def draw_dilemma(figure, runs: list[Run], borne: set) -> None:
+    """Figs. 4 and 6, 5 and 7, 9: uniformity, tolerance and accuracy against tau."""
+    dataset = runs[0].config["dataset"]
+    taus = [tau for loss in ("contrastive", "hard") for tau in measured(runs, loss, "accuracy")]
+    if not taus:
+        return
+    headings = {"uniformity": "\nuniformity", "tolerance": "tolerance (mean similarity\nwithin a class)",
+                "accuracy": "\nlinear accuracy, %"}
+    # Accuracies so far apart share a scale where each is held against its own simple loss.
+    simple, zeros = measured(runs, "simple", "accuracy").get(None), {}
+    if simple and runs[0].in_paper:
+        zeros = {"ours": mean(simple), "paper": ctl.paper_values(dataset, "simple", None)["accuracy"]}
+        headings["accuracy"] = ("linear accuracy, points above\nthe simple loss ({ours:.0f} %; paper {paper:.0f} %)"
+                                .format(**zeros))
+    panels = {heading: [] for heading in headings.values()}
+    for (key, heading), (name, colour) in itertools.product(headings.items(), COLOURS.items()):
+        less, paper_less = zeros.values() if key == "accuracy" and zeros else (0.0, 0.0)
+        ours = {tau: [value - less for value in some] for tau, some in measured(runs, name, key).items()}
+        paper = {tau: ctl.paper_values(dataset, name, tau)[key] for tau in PAPER_TAUS if key != "accuracy" or zeros}
+        paper = {tau: [value - paper_less] for tau, value in paper.items() if value is not None}
+        panels[heading].append((name.replace("contrastive", "ordinary"), colour, ours, paper))
+    first, *_, last = next(iter(cells_of(runs).values())).taus
+    lead = "Larger τ" if first <= min(taus) and max(taus) <= last else f"From τ = {first:g} to {last:g}"
+    words = ", ".join(words for claim, words in (("C1", "less uniform"), ("C2", "more tolerant")) if claim in borne)
+    title = f"{lead}: {words}" if words else "Uniformity, tolerance and accuracy against τ"
+    papers = "; dashed: the paper's" if runs[0].in_paper else ""
+    draw_panels(figure, runs, panels, title, f"solid: ours (hollow points: one seed; bars: standard deviation){papers}")
 
 
-def draw_planes(figure, runs: list[Run], title: str) -> bool:
-    """Fig. 2: t-SNE of embeddings of test images, at a small and a larger tau."""
-    planes, dataset = read_planes(runs), runs[0].config["dataset"]
-    cifar10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-    names = dict(enumerate(cifar10 if dataset.split("-")[0] == "cifar10" else []))
-    classes = sorted({label for plane in planes for label in plane["tsne"]["label"]})
-    for at, plane in enumerate(planes):
-        axis = figure.add_subplot(1, len(planes), at + 1)
-        for place, label in enumerate(classes):  # five colours, then the next marker: told apart without the hue
-            x, y = ([value for value, its in zip(plane["tsne"][key], plane["tsne"]["label"]) if its == label]
-                    for key in "xy")
-            axis.scatter(x, y, s=10, color=list(COLOURS.values())[place % 5], marker="ox^s+"[place // 5 % 5],
-                         label=names.get(label, f"class {label}"))
-        axis.set(title=f"τ = {plane['tau']}: kNN accuracy {plane['knn']} %", xticks=[], yticks=[])
-    if 0 < len(classes) <= 20:
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2)
-    figure.suptitle(f"{title}\nt-SNE of embeddings of test images, by class")
-    return bool(planes)
+def draw_profile(figure, runs: list[Run], borne: set) -> None:
+    """Fig. 8 in short: the mean similarity of the positive, and of the nearest negative, at the tau of Table 1."""
+    found = {tau: [cells["contrastive", tau]["profile"] for cells in cells_of(runs).values()
+                   if ("contrastive", tau) in cells] for tau in TAUS}
+    curves = [(name, colour, {tau: [profile[place] for profile in some] for tau, some in found.items() if some}, {})
+              for place, (name, colour) in enumerate({"positive": "#d55e00", "nearest negative": "#0072b2"}.items())]
+    (*_, positive, _), (*_, nearest, _) = curves
+    if not positive:
+        return
+    ahead = "C8" in borne and mean(positive[min(positive)]) > mean(nearest[min(nearest)])
+    title = "Small τ sets the positive apart" if ahead else "The positive and the nearest negative"
+    draw_panels(figure, runs, {"mean similarity to the anchor": curves}, title,
+                "the paper: as τ falls the gap widens, as τ grows the positive tends to 1")
 
 
-def draw_penalty(figure, runs: list[Run], title: str) -> bool:
+def draw_penalty(figure, runs: list[Run], borne: set) -> None:
     """Fig. 3: Eq. 5 for negatives drawn evenly from [-1, 1]."""
     axis = figure.subplots()
     s = torch.rand(1, 200, generator=ctl.generator("figure 3"), dtype=torch.float64).sort(dim=1).values * 2 - 1
-    for tau, line, colour in zip(TAUS, ("-", "--", "-.", ":"), COLOURS.values()):
+    for tau, line, colour in zip(TAUS, ("-", "--", "-.", ":"), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
         r = ctl.relative_penalty(s, torch.tensor([0]), tau)  # the first is the positive
         axis.plot(s[0, 1:].tolist(), r[0, 1:].tolist(), line, color=colour, label=f"τ = {tau}")
     axis.set(xlabel="similarity of the negative", ylabel="relative penalty r", yscale="log", ylim=(1e-6, 1),
              title="Eq. 5: how the push is shared among 199 negatives")
     axis.legend()
-    return True
-
-
-# ------------------------------------------------------------------------------------------ Fig. 2, from checkpoints
-
-FIG_2 = [("contrastive", 0.07), ("contrastive", 0.2)]  # the rows whose embeddings the paper shows on a plane
-
-
-def read_planes(runs: list[Run]) -> list[dict]:
-    """The points of Fig. 2: what --tsne kept, else what old records hold. Nothing is computed."""
-    path = Path(f"{runs[0].stem}-tsne.json")
-    if path.exists():
-        return parse(path, path.read_text(encoding="utf-8"))
-    first = {run.row: run for run in reversed(runs) if run.row in FIG_2 and run.record.get("tsne")}
-    return [{"tau": row[1], "knn": first[row].final["knn"], "tsne": first[row].record["tsne"]}
-            for row in FIG_2 if row in first]
-
-
-def compute_planes(source: str, runs: list[Run], checkpoints: Path) -> None:
-    """t-SNE of the dataset's first 1,000 test images, by checkpoints of seed 0. The points are kept beside the records,
-    for `read_planes`. Raises BadInput where there is no such checkpoint."""
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-    planes = {}
-    for run in runs:
-        path = Path(checkpoints, *run.path.parts[-3:]).with_suffix(".pt")
-        if run.row not in FIG_2 or run.config["seed"] != 0 or not path.exists():
-            continue
-        config, saved = ctl.Config(**run.config), ctl.load_checkpoint(path)
-        data = ctl.load_dataset(source, HOME.parent / "data", config.size)
-        if not saved or data.name != config.dataset:
-            continue
-        data = ctl.take_subset(data, config)
-        ctl.refuse_other(path, saved, {**run.record, "data": data.sha256()})
-        model, _ = ctl.make_model(config, torch.device("cpu"))
-        model.load_state_dict(saved["model"])
-        _, z = ctl.embed(model, data.test_images[:1000])
-        # Another number of threads gives another picture; the start by PCA fails where all embeddings are equal.
-        with threadpool_limits(1):
-            places = TSNE(perplexity=min(30.0, len(z) / 4), init="random", random_state=0).fit_transform(z.numpy())
-        x, y = places.T.astype(float).round(1).tolist()
-        points = {"x": x, "y": y, "label": data.test_labels[:1000].tolist()}
-        planes.setdefault(run.stem, []).append({"tau": config.tau, "knn": run.final["knn"], "tsne": points})
-    if not planes:
-        raise ctl.BadInput(f"{checkpoints} has no checkpoint of contrastive, tau 0.07 or 0.2, seed 0, with a record")
-    for stem, found in planes.items():
-        ctl.write_whole(Path(f"{stem}-tsne.json"), json.dumps(found).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------- READMEs
 
-MARKER = re.compile(r"(<!-- report: (compare|costs|(?:table|rows|effects|ladder) \S+ \S+) -->\n)"
+MARKER = re.compile(r"(<!-- report: (costs|findings|(?:table|rows|effects|ladder) \S+ \S+) -->\n)"
                     r".*?(<!-- /report -->)", re.DOTALL)
 COSTS = {"step_ms": ("the step, ms", 1), "network_ms": ("network alone", 1), "step_over_network": ("step / network", 3),
          "images_per_second": ("images/s", 0), "peak_memory_mib": ("MiB", 0), "training_hours": ("training, h", 1)}
+# A claim in plain words, the claims that it stands for, and what to say of their quantities.
+FINDINGS = (
+    ("As τ grows from 0.07 to 1, features become less uniform and more tolerant: the dilemma",
+     {"C1": "uniformity", "C2": "tolerance"},
+     "uniformity {C1[0]:.2f} → {C1[3]:.2f}, tolerance {C2[0]:.2f} → {C2[3]:.2f}"),
+    ("Accuracy is best at a middle τ: the better of 0.3 and 0.7 leads the better of 0.07 and 1", {"C3": ""},
+     "{C3[0]:+.1f} points"),
+    ("Hard negatives matter: against the ordinary loss at its best τ, pushing all negatives alike (simple) costs much "
+     "accuracy, pushing the nearest alike (hard-simple) does not", {"C4": "simple", "C5": "hard-simple"},
+     "simple loses {C4[0]:.1f} points, hard-simple gains {C5[0]:.1f}"),
+    ("With the nearest negatives only (hard), features are more uniform at the same τ and hardly change with τ; the "
+     "best τ is larger", {"C6": "more uniform", "C7": "hardly change, larger best τ"},
+     "uniformity {C6[0]:+.2f} in the mean, its range over τ {C7[0]:.2f}; best τ {C7[2]:.2g}, the ordinary loss's "
+     "{C7[3]:.2g}"),
+    ("The hardest negative alone (the limit τ → 0) teaches nothing useful", {"C9": ""},
+     "{C9[0]:+.1f} points over the untrained network"),
+)
+
+
+def numbers(seeds: list[Cells], claims: dict, words: str) -> str:
+    """The words, filled in with the means of all that decides the claims, over the seeds that have the runs."""
+    whole = [cells for cells in seeds if not cells.lacks([loss for claim in claims for loss in CLAIMS[claim][1]])]
+    means = {}
+    for claim in claims:
+        values = [[value for *_, of in CLAIMS[claim][2] for value in of(cells)] for cells in whole]
+        means[claim] = list(map(mean, zip(*values)))
+    return re.sub(r"-(?=\d)", "−", words.format(**means)) if whole else ""
+
+
+def findings(groups: Groups) -> str:
+    """What the presets say of the paper's claims on CIFAR-10, in plain words: `paper` first, as far as it is run."""
+    tables = {f"`{preset}`": runs for wanted in ("paper", "narrow", "mini")
+              for (preset, dataset, version), runs in groups.items()
+              if (preset, dataset.split("-")[0], version) == (wanted, "cifar10", ctl.PROTOCOL_VERSION)}
+    paper = Cells({row: dict(zip(("accuracy_heldout", *ctl.TABULATED), (values[0], *values)))
+                   for row, values in ctl.PAPER["cifar10"].items()})
+    lines = []
+    for words, claims, form in FINDINGS:
+        ours, sure = [], []
+        for label, runs in tables.items():
+            found = {name: judge(runs)[claim] for claim, name in claims.items()}
+            said = {name: of.verdict + f", {of.seeds} seeds" * (of.seeds > 1) for name, of in found.items()}
+            one, *others = dict.fromkeys(said.values())
+            sure.append(f"{label}: {'; '.join(map(': '.join, said.items())) if others else one}")
+            ours.append(f"{label}: {numbers([*cells_of(runs).values()], claims, form) or NOT_RUN}")
+        papers = numbers([paper], claims, form) or "no number"
+        lines.append([words, papers, "<br>".join(ours), "<br>".join(sure)])
+    parts = [table(runs, {run.row for run in runs} & set(TABLE_1)) for runs in [tables.get("`paper`")] if runs]
+    notes = [f"{label}: {runs[0].config['dataset']}, {about(runs[0])}." for label, runs in tables.items()]
+    parts += [markdown(["the paper's claim", "the paper", "ours", "how sure"], lines), " ".join(notes)]
+    return "\n\n".join(parts)
 
 
 def costs(folder: Path) -> str:
@@ -552,63 +582,80 @@ def costs(folder: Path) -> str:
 
 def fill_in(path: Path, groups: Groups) -> bytes:
     """A README with its parts between markers made anew."""
-    kinds = {"compare": compare, "costs": lambda _: costs(path.parent), "effects": effects, "ladder": ladder,
-             "rows": lambda runs: table(runs, path.parent), "table": table}
+    kinds = {"costs": lambda _: costs(path.parent), "effects": effects, "findings": findings, "ladder": ladder,
+             "rows": lambda runs: table(runs, rows_of(runs), path.parent),
+             "table": lambda runs: table(runs, [*TABLE_1, UNTRAINED])}
 
     def part(found: re.Match) -> str:
         kind, *where = found[2].split()
         these = groups.get((*where, ctl.PROTOCOL_VERSION)) if where else groups
         return f"{found[1]}{kinds[kind](these) if these else 'No records yet.'}\n{found[3]}"
+
     text = path.read_text(encoding="utf-8")
     filled, count = MARKER.subn(part, text)
     if not text.count("<!-- report") == text.count("<!-- /report") == count:
-        raise ctl.BadInput(f"{path} has a `<!-- report: … -->` that is misspelt, or has no `<!-- /report -->`: mend it")
+        raise ctl.BadInput(f"{path} has a `<!-- report: … -->` that is misspelt or has no `<!-- /report -->`")
     return filled.encode()
 
 
+# ---------------------------------------------------------------------------------------------------------- command
+
+
 def make_files(groups: Groups) -> dict[Path, bytes]:
-    """Each preset's files; tables and verdicts are printed too."""
+    """Each preset's files; its datasets and versions stand one below the other."""
     files: dict[Path, bytes] = {}
-    for (preset, dataset, version), runs in groups.items():
-        folder, title = runs[0].stem.parent, f"preset {preset}, dataset {dataset}, protocol version {version}"
-        ours, verdicts = table(runs, folder), effects(runs)
-        ctl.say(f"\n{title}\n\n{ours}\n\n{verdicts}")
-        # A preset's datasets and versions stand one below the other.
+    for (preset, *_), runs in groups.items():
+        folder, ours = runs[0].stem.parent, table(runs, rows_of(runs), runs[0].stem.parent)
         files.setdefault(folder / "TABLE.md", f"# Table 1, preset {preset}: ours beside the paper's\n".encode())
-        files.setdefault(folder / "CLAIMS.md", f"# The paper's claims, preset {preset}\n\n{NEEDS}".encode())
-        files[folder / "TABLE.md"] += f"\n## {title}\n\n{ours}\n\n{caption(runs)}\n".encode()
-        files[folder / "CLAIMS.md"] += f"\n## {title}\n\n{verdicts}\n".encode()
+        files.setdefault(folder / "CLAIMS.md", f"# The paper's claims, preset {preset}\n\n{RULES}".encode())
+        files[folder / "TABLE.md"] += f"\n## {runs[0].title}\n\n{ours}\n\n{caption(runs)}\n".encode()
+        files[folder / "CLAIMS.md"] += f"\n## {runs[0].title}\n\n{effects(runs)}\n".encode()
         files |= draw(runs)
     return files
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = ctl.Parser("report.py", __doc__)
-    parser.add_argument("--results", default=HOME, type=Path, help="folder of the records [where this file lies]")
-    parser.add_argument("--preset", choices=list(ctl.PRESETS), help="report that preset alone [all that have records]")
-    parser.add_argument("--readme", action="store_true", help="fill the generated parts of both READMEs too")
-    parser.add_argument("--tsne", metavar="DATASET", help="compute Fig. 2 from the checkpoints of that dataset")
-    parser.add_argument("--runs", default=HOME.parent / "runs", type=Path, help="folder of the checkpoints [runs/]")
-    given = parser.parse_args(argv)
-    results = given.results.expanduser().resolve()
-    groups = read_groups(results)
-    chosen = {key: runs for key, runs in groups.items() if given.preset in (None, key[0])}
+def report(out: Path, preset: str | None, readme: bool) -> None:
+    groups = read_groups(out)
+    chosen = {key: runs for key, runs in groups.items() if preset in (None, key[0])}
     if not chosen:
-        raise ctl.BadInput(f"no records of {given.preset or 'any preset'} in {results}: run some first")
-    try:
-        if given.tsne:
-            current = [run for key, runs in chosen.items() for run in runs if key[2] == ctl.PROTOCOL_VERSION]
-            compute_planes(given.tsne, current, given.runs.expanduser())
-        files = make_files(chosen)
-        for path in (results.parent / "README.md", results / "README.md") if given.readme else ():
-            files[path] = fill_in(path, groups)
-    except ImportError as error:
-        raise ctl.BadInput(f"{error}: verdicts need scipy, figures matplotlib, --tsne scikit-learn")
+        raise ctl.BadInput(f"no records of {preset or 'any preset'} in {out}: run some first")
+    files = make_files(chosen)
+    for path in (out.parent / "README.md", out / "README.md") if readme else ():
+        files[path] = fill_in(path, groups)
+    words = []
+    for (shown, *_), runs in chosen.items():
+        picture = Path(f"{runs[0].stem}-dilemma.png")
+        words += [runs[0].title, table(runs, rows_of(runs)), promised(runs) if shown == "quick" else effects(runs),
+                  against_published(runs, out)]
+        words += [f"picture to open: {os.path.relpath(picture)}"] if picture in files else []
     for path, content in files.items():
         if not path.exists() or path.read_bytes() != content:
             ctl.write_whole(path, content)
+    ctl.say("\n\n".join(filter(None, words)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("report.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=HOME, type=Path, help="folder of the records [where this file lies]")
+    parser.add_argument("--preset", choices=list(ctl.PRESETS), help="report that preset alone [all that have records]")
+    parser.add_argument("--readme", action="store_true", help="fill the generated parts of both READMEs too")
+    given = parser.parse_args(argv)
+    out = given.out.expanduser().resolve()
+    if given.readme and out != HOME:
+        raise ctl.BadInput(f"--readme is for the published records, {HOME}: leave --out away")
+    if not out.is_dir():
+        raise ctl.BadInput(f"there is no folder {out}: run something first")
+    # Tasks that end together report one after the other, and the last sees all records.
+    try:
+        lock = ctl.hold_lock(out / ".report.lock")
+    except filelock.Timeout as busy:
+        lock = filelock.FileLock(busy.lock_file).acquire()
+    with lock:
+        report(out, given.preset, given.readme)
 
 
 if __name__ == "__main__":
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which the interpreter of .venv may not have
-    sys.exit(ctl.one_line("report.py", main))
+    sys.stdout.reconfigure(errors="replace")  # of a terminal without "τ"
+    sys.exit(ctl.exit_status("report.py", main))
