@@ -762,7 +762,7 @@ class Config:
                 setattr(self, name, kinds[0](value))
         require(self.size % 8 == 0 and self.size > 8, "size must be a multiple of 8, 16 or more", BadInput)
         require(max(self.momentum, self.bank_momentum) <= 1, "momentum, bank_momentum: at most 1", BadInput)
-        require(min(self.milestones, default=1) > 0, "milestones must be epochs above 0", BadInput)
+        require([0, *self.milestones] == sorted({0, *self.milestones}), "milestones must rise, from 1 on", BadInput)
         _, needs = LOSSES[self.loss]
         for name, usual in (("tau", 0.3), ("k", NEGATIVES[self.preset])):
             value = getattr(self, name)
