@@ -1199,7 +1199,7 @@ def load_checkpoint(path: str | Path) -> dict:
         require({"data_sha256", "run", "model", "bank", "optimiser"} <= state.keys(), "of another program, or older")
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a damaged file
-        raise BadInput(f"cannot read the checkpoint {path} ({str(error)[:99]}): remove it, or begin anew with --force")
+        raise BadInput(f"cannot read the checkpoint {path} ({str(error)[:80]}): remove it, or begin anew with --force")
 
 
 def check_same_run(path: Path, found: dict, wanted: dict) -> None:
