@@ -1914,7 +1914,7 @@ def test_a_step_can_be_captured(config, monkeypatch):
     (dict(rate=lambda: 0.1), "number as the rate"), (dict(first=True), "number of a first step"),
     (dict(drawn_on="cpu"), "tensor on the host"), ("x.sum().item()", "host read"), ("x.nonzero()", "host read"),
     ("bool((x > 0).any())", "host read"), ("x[x > 0]", "index by a mask"), ("x.cpu()", "to the host"),
-    ("x + torch.tensor([1.0], device='cuda')", "tensor on the host")], ids=str)
+    ("x + torch.tensor([1.0], device='cuda')", "tensor on the host")])
 def test_what_a_capture_would_not_survive_is_found(fault, words, monkeypatch):
     if isinstance(fault, dict):
         seen = watched_step(monkeypatch, **fault)
