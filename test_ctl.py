@@ -824,7 +824,8 @@ def test_download(name, web, tmp_path, monkeypatch):
     data = ctl.load_dataset(name, str(root))
     assert data.name == name and [tensor.dtype for tensor in data[1:]] == [torch.uint8, torch.int64] * 2
     assert all(np.array_equal(found, right) for found, right in zip(data[1:], truth)) and web.waits == {30}
-    assert (root / ".download.lock").stat().st_mode & 0o777 == 0o666  # another user may take it
+    lock = root / ".download.lock"  # another user may take it; some versions of filelock remove it
+    assert not lock.exists() or lock.stat().st_mode & 0o777 == 0o666
     refused(f"{name} has images of 32x32", ctl.load_dataset, name, root, 16, error=ctl.BadInput)
     (tmp_path / "file").write_text("")
     refused(f"cannot load {name} .*file/data", ctl.load_dataset, name, tmp_path / "file/data", error=ctl.BadInput)
@@ -1476,7 +1477,8 @@ def test_record(undisturbed, monkeypatch):
 
 def test_same_command_elsewhere_gives_the_same(undisturbed, cli, monkeypatch):
     """As a script, from another folder, on a terminal without UTF-8; then it is there: nothing is trained."""
-    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "error"}
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONSAFEPATH": "1",
+           "PYTHONWARNINGS": "error,ignore::ResourceWarning"}
     ran = subprocess.run([sys.executable, ctl.__file__, *SMOKE], capture_output=True, text=True, env=env)
     assert (ran.returncode, ran.stderr) == (0, "") and ran.stdout.endswith(f"\nrecord: {RECORD}\n")
     assert "\nevaluating the untrained network\n" in ran.stdout and "\ntrained; evaluating\n" in ran.stdout
@@ -1486,7 +1488,7 @@ def test_same_command_elsewhere_gives_the_same(undisturbed, cli, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     for more in (["--threads", "7"], []):
         assert "already" in cli("--preset", "smoke", *more) and RECORD.read_bytes() == before
-    assert given == [7, 5] and {path for path in Path().rglob("*.*")} == {RECORD, CHECKPOINT, LOCK}
+    assert given == [7, 5] and {path for path in Path().rglob("*.*")} - {LOCK} == {RECORD, CHECKPOINT}
 
 
 def test_a_users_home(cli, tmp_path, monkeypatch):
@@ -1716,7 +1718,7 @@ def test_what_is_not_finite_is_not_saved(spoilt, cli, monkeypatch):
         cli(*command(epochs=1, subset=20), status=int(spoilt < 4), words="not finite in epoch 1" * (spoilt < 4))
     for loss in ("hard", "simple", "hard-simple") * (spoilt == 5):  # they diverge
         cli(*command(loss=loss, lr=1e9, warmup=0.0, eval_every=0, subset=20), status=1, words="not finite: ")
-    assert {path.suffix for path in Path("runs").rglob("*.*")} == {".lock", *[".pt", ".json"] * (spoilt == 4)}
+    assert {path.suffix for path in Path("runs").rglob("*.*")} - {".lock"} == {*[".pt", ".json"] * (spoilt == 4)}
 
 
 # ---------------------------------------------------------------------------------------------------- what goes wrong
