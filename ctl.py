@@ -933,7 +933,7 @@ class GraphedStep:
                 loss = self.loss
         outer.wait_stream(self.stream)
         self.taken += 1
-        if self.graph and self.taken == self.FORECAST:
+        if self.graph and self.taken == self.FORECAST < self.steps:
             self.forecast()
         return loss
 
