@@ -10,7 +10,6 @@ that is refused changes nothing. In reading order: records, tables, verdicts, wh
 """
 import argparse
 import io
-import itertools
 import json
 import math
 import os
@@ -29,14 +28,13 @@ sys.path.insert(0, str(HOME.parent))
 import ctl
 
 # ----------------------------------------------------------------------------------------------------------- records
-
 TAUS = (0.07, 0.3, 0.7, 1.0)
 MATCHED = "contrastive, match_step True"
 TABLE_1 = list(ctl.PAPER["cifar10"])  # (loss, tau) of its ten rows
 # The rows that a table shows even without a record: all ten, but for presets that run a part of them.
 SHOWN = {"quick": [row for row in TABLE_1 if row[1] != 0.07 and row[0] != "hard-simple"], "smoke": []}
 UNTRAINED = "untrained", None
-Groups = dict  # (preset, dataset, protocol version) -> list[Run]: what differs in one of the three is never averaged
+TITLE = "preset {}, dataset {}, protocol version {}"  # what differs in one of the three is never averaged
 
 
 class Run(NamedTuple):
@@ -47,20 +45,6 @@ class Run(NamedTuple):
     departs: dict[str, str]  # the settings that depart from the preset, by the file's name
     row: tuple  # of the table: (loss and what departs, tau)
     final: dict  # the metrics
-
-    @property
-    def stem(self) -> Path:
-        """How the names of its table's figures begin."""
-        return self.path.parents[1] / f"{self.config['dataset']}-v{self.record['protocol_version']}"
-
-    @property
-    def in_paper(self) -> bool:
-        return self.config["dataset"].split("-")[0] in ctl.PAPER
-
-    @property
-    def title(self) -> str:
-        version = self.record["protocol_version"]
-        return f"preset {self.config['preset']}, dataset {self.config['dataset']}, protocol version {version}"
 
 
 def parse(path: Path, text: str) -> dict:
@@ -92,8 +76,7 @@ def check_alike(runs: list[Run]) -> None:
     seen, fields = {}, {field for run in runs for field in run.config}
     for run in runs:
         images = "data_sha256 (size {size}, subset {subset}, test_subset {test_subset})".format_map(run.config)
-        settings = {field: run.config.get(field, "missing")
-                    for field in fields - {"loss", "tau", "seed", *run.departs}}
+        settings = {key: run.config.get(key, "missing") for key in fields - {"loss", "tau", "seed", *run.departs}}
         for key, value in {**settings, images: run.record["data_sha256"]}.items():
             key += f" of {run.config['loss']}" if key == "k" else ""
             usual, path = seen.setdefault(key, (value, run.path))
@@ -102,12 +85,11 @@ def check_alike(runs: list[Run]) -> None:
                                    "agree in it; move one of them away")
 
 
-def read_groups(out: Path) -> Groups:
-    """All records, in the order of the table, then the untrained networks. Raises BadInput for one that is broken or
-    misplaced. Hidden files, which macOS and notebooks leave, are no records."""
+def read_groups(out: Path) -> dict:
+    """What TITLE names -> runs in the order of the table, then the untrained networks. Hidden files, which macOS and
+    notebooks leave, are no records."""
     groups = {}
-    paths = [path for path in out.glob("*/*/*.json") if not any(part.startswith(".") for part in path.parts[-3:])]
-    for run in map(read_run, sorted(paths)):
+    for run in map(read_run, sorted(out.glob("[!.]*/[!.]*/[!.]*.json"))):
         groups.setdefault((run.config["preset"], run.config["dataset"], run.record["protocol_version"]), []).append(run)
     for runs in groups.values():
         check_alike(runs)
@@ -121,8 +103,7 @@ def read_groups(out: Path) -> Groups:
 def place(row: tuple) -> tuple:
     """As in Table 1, then what departs from the preset, then the untrained networks."""
     loss, _, departs = row[0].partition(", ")
-    losses = [known for known, _ in TABLE_1]
-    return row == UNTRAINED, departs, [*losses, loss].index(loss), loss, row[1] or 0
+    return row == UNTRAINED, departs, [*dict(TABLE_1), loss].index(loss), loss, row[1] or 0
 
 
 def measured(runs: list[Run], name: str, key: str) -> dict:
@@ -135,7 +116,6 @@ def measured(runs: list[Run], name: str, key: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
-
 COLUMNS = {"accuracy": ("accuracy, %", 2), "knn": ("kNN, %", 2), "uniformity": ("uniformity", 3),
            "tolerance": ("tolerance", 3)}
 
@@ -154,12 +134,12 @@ def rows_of(runs: list[Run]) -> set:
 
 def table(runs: list[Run], rows, folder: Path | None = None) -> str:
     """Ours beside the paper's. With a folder: and links from there to the records."""
-    beside = ctl.TABULATED if runs[0].in_paper else ()
-    head, lines = ["loss", "τ"], []
+    dataset, head, lines = runs[0].config["dataset"], ["loss", "τ"], []
+    beside = ctl.TABULATED if dataset.split("-")[0] in ctl.PAPER else ()
     for key, (title, _) in COLUMNS.items():
         head += [title, "paper"] if key in beside else [title]
     for name, tau in sorted(rows, key=place):
-        line, paper = [name, tau or ""], ctl.paper_values(runs[0].config["dataset"], name, tau)
+        line, paper = [name, tau or ""], ctl.paper_values(dataset, name, tau)
         for key, (_, digits) in COLUMNS.items():
             values = measured(runs, name, key).get(tau, [])
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -199,7 +179,6 @@ def ladder(runs: list[Run]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
-#
 # Where the paper gives no number for its words, these do: "competitive" is at most 1 point of accuracy worse, "much
 # worse" more than 2 (the authors' one repeated setting has a standard deviation of 0.30); "flat", and "nothing useful",
 # are at most a quarter of the ordinary loss's range or gain.
@@ -342,39 +321,32 @@ def judge(runs: list[Run]) -> dict[str, Finding]:
 
 
 def effects(runs: list[Run]) -> str:
-    """A line a verdict: what is measured, its bar, and of each seed."""
     lines = [[name, CLAIMS[name][0], f"**{found.verdict}**", found.effect, found.of_each_seed]
              for name, found in judge(runs).items()]
     return markdown(["", "claim", "verdict", "measured (95 % interval)", "of each seed"], lines)
 
 
 # ------------------------------------------------------------------------------------------------- what a report says
-
-# What `quick` is there to show: rows of numbers that grow (1) or fall (-1) in each step.
-PROMISED = {
-    "uniformity falls as τ grows": (-1, lambda c: [c.over_tau("uniformity")]),
-    "tolerance grows with τ": (+1, lambda c: [c.over_tau("tolerance")]),
-    "the hard loss is more uniform than the ordinary loss, at each τ":
-        (+1, lambda c: list(zip(c.over_tau("uniformity"), c.over_tau("uniformity", "hard")))),
-}
 MACHINE = ("cpu", "device", "ONEDNN_MAX_CPU_ISA", "threads", "torch")  # where these agree, digits do
 
 
 def promised(runs: list[Run]) -> str:
+    """What `quick` is there to show: rows of numbers that grow (1) or fall (-1) in each step."""
     lines = []
     for seed, cells in cells_of(runs).items():
         lacks = cells.lacks(["contrastive", "hard"])
         lines.append(f"seed {seed}, τ = {', '.join(map(str, cells.taus))}" + f": lacks {lacks}" * bool(lacks))
-        for words, (sign, of) in {} if lacks else PROMISED.items():
-            shows = all(sign * (b - a) > 0 for row in of(cells) for a, b in zip(row, row[1:]))
-            numbers = ", ".join(" → ".join(f"{value:.2f}" for value in row) for row in of(cells))
+        if lacks:
+            continue
+        uniform, tolerant = cells.over_tau("uniformity"), cells.over_tau("tolerance")
+        hard = cells.over_tau("uniformity", "hard")
+        for words, sign, rows in (
+                ("uniformity falls as τ grows", -1, [uniform]), ("tolerance grows with τ", 1, [tolerant]),
+                ("the hard loss is more uniform than the ordinary loss, at each τ", 1, list(zip(uniform, hard)))):
+            shows = all(sign * (b - a) > 0 for row in rows for a, b in zip(row, row[1:]))
+            numbers = ", ".join(" → ".join(f"{value:.2f}" for value in row) for row in rows)
             lines.append(f"  {'shows' if shows else 'does not show':15}{words}: {numbers}")
     return "\n".join(lines)
-
-
-def farthest(a, b) -> float:
-    """How far one value, or one list, is from another; null counts as 0."""
-    return max(map(farthest, a, b)) if isinstance(a, list) else abs((a or 0.0) - (b or 0.0))
 
 
 def against_published(runs: list[Run], out: Path) -> str:
@@ -384,9 +356,11 @@ def against_published(runs: list[Run], out: Path) -> str:
     others = [(ours, theirs) for ours, theirs in pairs if ours["sha256"] != theirs["sha256"]]
     if not others:
         return f"digits: all {len(pairs)} records equal the published ones" if pairs else ""
-    most = {key: max(farthest(ours["final"][key], theirs["final"][key]) for ours, theirs in others)
-            for key in others[0][0]["final"].keys() - {"untrained"}}
-    metrics = ", ".join(f"{key} by {far:.2g}" for key, far in sorted(most.items()) if far) or "no metric"
+    most, numbers = {}, lambda value: value if isinstance(value, list) else [value]
+    for key in sorted(others[0][0]["final"].keys() - {"untrained"}):
+        most[key] = max(abs((a or 0.0) - (b or 0.0)) for ours, theirs in others  # null counts as 0
+                        for a, b in zip(numbers(ours["final"][key]), numbers(theirs["final"][key])))
+    metrics = ", ".join(f"{key} by {far:.2g}" for key, far in most.items() if far) or "no metric"
     here, there = ("; ".join(sorted({", ".join(f"{key} {pair[side]['environment'].get(key, '?')}" for key in MACHINE)
                                      for pair in others})) for side in (0, 1))
     same = all(ours[key] == theirs[key] for ours, theirs in others for key in ("config", "data_sha256"))
@@ -396,26 +370,22 @@ def against_published(runs: list[Run], out: Path) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
-
-PAPER_TAUS = (None, *sorted({*TAUS, *ctl.PAPER_ACCURACY["cifar10"]}))
-# Okabe and Ito: told apart by all readers.
-COLOURS = {"contrastive": "#0072b2", "hard": "#d55e00", "simple": "#cc79a7"}
+COLOURS = {"contrastive": "#0072b2", "hard": "#d55e00", "simple": "#cc79a7"}  # told apart by all readers
 STYLE = {"svg.hashsalt": "ctl", "font.size": 11, "axes.titlesize": 11, "figure.titlesize": 15,
          "axes.spines.top": False, "axes.spines.right": False}
 METADATA = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}  # the same file on any day
 
 
 def draw(runs: list[Run]) -> dict[Path, bytes]:
-    """The paper's Figs. 3 to 9 from the records, as SVG and PNG. A caller's own backend, settings and open figures stay
-    as they are: pyplot is not used."""
+    """The paper's Figs. 3 to 9 as SVG and PNG. Without pyplot a caller's own settings and figures stay as they are."""
     import matplotlib.style
     from matplotlib.figure import Figure
-    files, stem = {}, runs[0].stem
+    files, folder = {}, runs[0].path.parents[1]
+    stem = folder / f"{runs[0].config['dataset']}-v{runs[0].record['protocol_version']}"
     borne = {claim for claim, found in judge(runs).items() if found.verdict in ("confirmed", HOLDS)}
-    figures = {f"{stem}-dilemma": draw_dilemma, f"{stem}-profile": draw_profile,
-               stem.with_name("penalty"): draw_penalty}
     with matplotlib.style.context(["default", STYLE]):
-        for name, fill in figures.items():
+        for name, fill in ((f"{stem}-dilemma", draw_dilemma), (f"{stem}-profile", draw_profile),
+                           (folder / "penalty", draw_penalty)):
             figure = Figure(figsize=(8.5, 4.3), layout="constrained")
             fill(figure, runs, borne)
             for kind, metadata in METADATA.items() if figure.axes else ():
@@ -462,23 +432,25 @@ def draw_dilemma(figure, runs: list[Run], borne: set) -> None:
     headings = {"uniformity": "\nuniformity", "tolerance": "tolerance (mean similarity\nwithin a class)",
                 "accuracy": "\nlinear accuracy, %"}
     # Accuracies so far apart share a scale where each is held against its own simple loss.
-    simple, zeros = measured(runs, "simple", "accuracy").get(None), {}
-    if simple and runs[0].in_paper:
-        zeros = {"ours": mean(simple), "paper": ctl.paper_values(dataset, "simple", None)["accuracy"]}
-        headings["accuracy"] = ("linear accuracy, points above\nthe simple loss ({ours:.0f} %; paper {paper:.0f} %)"
-                                .format(**zeros))
-    panels = {heading: [] for heading in headings.values()}
-    for (key, heading), (name, colour) in itertools.product(headings.items(), COLOURS.items()):
-        less, paper_less = zeros.values() if key == "accuracy" and zeros else (0.0, 0.0)
-        ours = {tau: [value - less for value in some] for tau, some in measured(runs, name, key).items()}
-        paper = {tau: ctl.paper_values(dataset, name, tau)[key] for tau in PAPER_TAUS if key != "accuracy" or zeros}
-        paper = {tau: [value - paper_less] for tau, value in paper.items() if value is not None}
-        panels[heading].append((name.replace("contrastive", "ordinary"), colour, ours, paper))
+    simple, zeros = measured(runs, "simple", "accuracy").get(None), {"uniformity": (0.0, 0.0), "tolerance": (0.0, 0.0)}
+    paper_simple = ctl.paper_values(dataset, "simple", None)["accuracy"]
+    if simple and paper_simple:
+        zeros["accuracy"] = mean(simple), paper_simple
+        headings["accuracy"] = ("linear accuracy, points above\nthe simple loss ({:.0f} %; paper {:.0f} %)"
+                                .format(*zeros["accuracy"]))
+    panels, paper_taus = {}, (None, *sorted({*TAUS, *ctl.PAPER_ACCURACY["cifar10"]}))
+    for key, heading in headings.items():
+        less, paper_less = zeros.get(key, (0.0, 0.0))
+        for name, colour in COLOURS.items():
+            ours = {tau: [value - less for value in some] for tau, some in measured(runs, name, key).items()}
+            paper = {tau: ctl.paper_values(dataset, name, tau)[key] for tau in paper_taus if key in zeros}
+            paper = {tau: [value - paper_less] for tau, value in paper.items() if value is not None}
+            panels.setdefault(heading, []).append((name.replace("contrastive", "ordinary"), colour, ours, paper))
     first, *_, last = next(iter(cells_of(runs).values())).taus
     lead = "Larger τ" if first <= min(taus) and max(taus) <= last else f"From τ = {first:g} to {last:g}"
     words = ", ".join(words for claim, words in (("C1", "less uniform"), ("C2", "more tolerant")) if claim in borne)
     title = f"{lead}: {words}" if words else "Uniformity, tolerance and accuracy against τ"
-    papers = "; dashed: the paper's" if runs[0].in_paper else ""
+    papers = "; dashed: the paper's" if paper_simple else ""
     draw_panels(figure, runs, panels, title, f"solid: ours (hollow points: one seed; bars: standard deviation){papers}")
 
 
@@ -486,11 +458,11 @@ def draw_profile(figure, runs: list[Run], borne: set) -> None:
     """Fig. 8 in short: the mean similarity of the positive, and of the nearest negative, at the tau of Table 1."""
     found = {tau: [cells["contrastive", tau]["profile"] for cells in cells_of(runs).values()
                    if ("contrastive", tau) in cells] for tau in TAUS}
-    curves = [(name, colour, {tau: [profile[place] for profile in some] for tau, some in found.items() if some}, {})
-              for place, (name, colour) in enumerate({"positive": "#d55e00", "nearest negative": "#0072b2"}.items())]
-    (*_, positive, _), (*_, nearest, _) = curves
+    positive, nearest = ({tau: [profile[place] for profile in some] for tau, some in found.items() if some}
+                         for place in (0, 1))
     if not positive:
         return
+    curves = [("positive", "#d55e00", positive, {}), ("nearest negative", "#0072b2", nearest, {})]
     ahead = "C8" in borne and mean(positive[min(positive)]) > mean(nearest[min(nearest)])
     title = "Small τ sets the positive apart" if ahead else "The positive and the nearest negative"
     draw_panels(figure, runs, {"mean similarity to the anchor": curves}, title,
@@ -510,7 +482,6 @@ def draw_penalty(figure, runs: list[Run], borne: set) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- READMEs
-
 MARKER = re.compile(r"(<!-- report: (costs|findings|(?:table|rows|effects|ladder) \S+ \S+) -->\n)"
                     r".*?(<!-- /report -->)", re.DOTALL)
 COSTS = {"step_ms": ("the step, ms", 1), "network_ms": ("network alone", 1), "step_over_network": ("step / network", 3),
@@ -544,7 +515,7 @@ def numbers(seeds: list[Cells], claims: dict, words: str) -> str:
     return re.sub(r"-(?=\d)", "−", words.format(**means)) if whole else ""
 
 
-def findings(groups: Groups) -> str:
+def findings(groups: dict) -> str:
     """What the presets say of the paper's claims on CIFAR-10, in plain words: `paper` first, as far as it is run."""
     tables = {f"`{preset}`": runs for wanted in ("paper", "narrow", "mini")
               for (preset, dataset, version), runs in groups.items()
@@ -580,7 +551,7 @@ def costs(folder: Path) -> str:
     return markdown(["", "threads", *parts, *(title for title, _ in COSTS.values())], lines)
 
 
-def fill_in(path: Path, groups: Groups) -> bytes:
+def fill_in(path: Path, groups: dict) -> bytes:
     """A README with its parts between markers made anew."""
     kinds = {"costs": lambda _: costs(path.parent), "effects": effects, "findings": findings, "ladder": ladder,
              "rows": lambda runs: table(runs, rows_of(runs), path.parent),
@@ -598,40 +569,18 @@ def fill_in(path: Path, groups: Groups) -> bytes:
     return filled.encode()
 
 
-# ---------------------------------------------------------------------------------------------------------- command
-
-
-def make_files(groups: Groups) -> dict[Path, bytes]:
+def make_files(groups: dict) -> dict[Path, bytes]:
     """Each preset's files; its datasets and versions stand one below the other."""
     files: dict[Path, bytes] = {}
-    for (preset, *_), runs in groups.items():
-        folder, ours = runs[0].stem.parent, table(runs, rows_of(runs), runs[0].stem.parent)
+    for key, runs in groups.items():
+        preset, title, folder = key[0], f"\n## {TITLE.format(*key)}\n\n", runs[0].path.parents[1]
         files.setdefault(folder / "TABLE.md", f"# Table 1, preset {preset}: ours beside the paper's\n".encode())
         files.setdefault(folder / "CLAIMS.md", f"# The paper's claims, preset {preset}\n\n{RULES}".encode())
-        files[folder / "TABLE.md"] += f"\n## {runs[0].title}\n\n{ours}\n\n{caption(runs)}\n".encode()
-        files[folder / "CLAIMS.md"] += f"\n## {runs[0].title}\n\n{effects(runs)}\n".encode()
+        ours = table(runs, rows_of(runs), folder)
+        files[folder / "TABLE.md"] += f"{title}{ours}\n\n{caption(runs)}\n".encode()
+        files[folder / "CLAIMS.md"] += f"{title}{effects(runs)}\n".encode()
         files |= draw(runs)
     return files
-
-
-def report(out: Path, preset: str | None, readme: bool) -> None:
-    groups = read_groups(out)
-    chosen = {key: runs for key, runs in groups.items() if preset in (None, key[0])}
-    if not chosen:
-        raise ctl.BadInput(f"no records of {preset or 'any preset'} in {out}: run some first")
-    files = make_files(chosen)
-    for path in (out.parent / "README.md", out / "README.md") if readme else ():
-        files[path] = fill_in(path, groups)
-    words = []
-    for (shown, *_), runs in chosen.items():
-        picture = Path(f"{runs[0].stem}-dilemma.png")
-        words += [runs[0].title, table(runs, rows_of(runs)), promised(runs) if shown == "quick" else effects(runs),
-                  against_published(runs, out)]
-        words += [f"picture to open: {os.path.relpath(picture)}"] if picture in files else []
-    for path, content in files.items():
-        if not path.exists() or path.read_bytes() != content:
-            ctl.write_whole(path, content)
-    ctl.say("\n\n".join(filter(None, words)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -652,7 +601,23 @@ def main(argv: list[str] | None = None) -> None:
     except filelock.Timeout as busy:
         lock = filelock.FileLock(busy.lock_file).acquire()
     with lock:
-        report(out, given.preset, given.readme)
+        groups = read_groups(out)
+        chosen = {key: runs for key, runs in groups.items() if given.preset in (None, key[0])}
+        if not chosen:
+            raise ctl.BadInput(f"no records of {given.preset or 'any preset'} in {out}: run some first")
+        files = make_files(chosen)
+        for path in (out.parent / "README.md", out / "README.md") if given.readme else ():
+            files[path] = fill_in(path, groups)
+        words = []
+        for (preset, dataset, version), runs in chosen.items():
+            words += [TITLE.format(preset, dataset, version), table(runs, rows_of(runs)),
+                      promised(runs) if preset == "quick" else effects(runs), against_published(runs, out)]
+            picture = out / preset / f"{dataset}-v{version}-dilemma.png"
+            words += [f"picture to open: {os.path.relpath(picture)}"] if picture in files else []
+        for path, content in files.items():
+            if not path.exists() or path.read_bytes() != content:
+                ctl.write_whole(path, content)
+    ctl.say("\n\n".join(filter(None, words)))
 
 
 if __name__ == "__main__":
