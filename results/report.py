@@ -342,7 +342,7 @@ def promised(runs: list[Run]) -> str:
         hard = cells.over_tau("uniformity", "hard")
         for words, sign, rows in (
                 ("uniformity falls as τ grows", -1, [uniform]), ("tolerance grows with τ", 1, [tolerant]),
-                ("the hard loss is more uniform than the ordinary loss, at each τ", 1, list(zip(uniform, hard)))):
+                ("hard loss more uniform than ordinary, at each τ", 1, list(zip(uniform, hard)))):
             shows = all(sign * (b - a) > 0 for row in rows for a, b in zip(row, row[1:]))
             numbers = ", ".join(" → ".join(f"{value:.2f}" for value in row) for row in rows)
             lines.append(f"  {'shows' if shows else 'does not show':15}{words}: {numbers}")
@@ -355,7 +355,7 @@ def against_published(runs: list[Run], out: Path) -> str:
     pairs = [(ours, read_run(path).record) for ours, path in places if path.exists()]
     others = [(ours, theirs) for ours, theirs in pairs if ours["sha256"] != theirs["sha256"]]
     if not others:
-        return f"digits: all {len(pairs)} records equal the published ones" if pairs else ""
+        return f"check: all {len(pairs)} records equal the published ones" if pairs else ""
     most, numbers = {}, lambda value: value if isinstance(value, list) else [value]
     for key in sorted(others[0][0]["final"].keys() - {"untrained"}):
         most[key] = max(abs((a or 0.0) - (b or 0.0)) for ours, theirs in others  # null counts as 0
@@ -365,7 +365,7 @@ def against_published(runs: list[Run], out: Path) -> str:
                                      for pair in others})) for side in (0, 1))
     same = all(ours[key] == theirs[key] for ours, theirs in others for key in ("config", "data_sha256"))
     reason = "another kind of CPU, or another torch, rounds otherwise, and training amplifies that"
-    return (f"digits: {len(others)} of {len(pairs)} records differ from the published ones; at most: {metrics}\n"
+    return (f"check: {len(others)} of {len(pairs)} records differ from the published ones; at most: {metrics}\n"
             f"  here:      {here}\n  published: {there}\n  {reason if same else 'their settings or images differ too'}")
 
 
@@ -493,12 +493,12 @@ FINDINGS = (
      "uniformity {C1[0]:.2f} → {C1[3]:.2f}, tolerance {C2[0]:.2f} → {C2[3]:.2f}"),
     ("Accuracy is best at a middle τ: the better of 0.3 and 0.7 leads the better of 0.07 and 1", {"C3": ""},
      "{C3[0]:+.1f} points"),
-    ("Hard negatives matter: against the ordinary loss at its best τ, pushing all negatives alike (simple) costs much "
-     "accuracy, pushing the nearest alike (hard-simple) does not", {"C4": "simple", "C5": "hard-simple"},
-     "simple loses {C4[0]:.1f} points, hard-simple gains {C5[0]:.1f}"),
-    ("With the nearest negatives only (hard), features are more uniform at the same τ and hardly change with τ; the "
-     "best τ is larger", {"C6": "more uniform", "C7": "hardly change, larger best τ"},
-     "uniformity {C6[0]:+.2f} in the mean, its range over τ {C7[0]:.2f}; best τ {C7[2]:.2g}, the ordinary loss's "
+    ("Hard negatives matter: pushing all negatives alike (simple) costs much accuracy, pushing the nearest alike "
+     "(hard-simple) does not", {"C4": "simple", "C5": "hard-simple"},
+     "simple loses {C4[0]:.1f} points; hard-simple: {C5[0]:+.1f}"),
+    ("With the nearest negatives only (hard), features are more uniform, hardly change with τ, and a larger τ is "
+     "best", {"C6": "more uniform", "C7": "flat, with a larger best τ"},
+     "uniformity {C6[0]:+.2f} on average, range over τ {C7[0]:.2f}; best τ {C7[2]:.2g} on average, ordinary "
      "{C7[3]:.2g}"),
     ("The hardest negative alone (the limit τ → 0) teaches nothing useful", {"C9": ""},
      "{C9[0]:+.1f} points over the untrained network"),
