@@ -1,12 +1,10 @@
 """The tests of results/report.py, of results/speed.py and of reproduce.sh.
 
-The report reads records that are made up here: mostly the paper's own Table 1. speed.py reads a clock that moves only
-where a part of the step is at work: each figure is then known exactly. What reproduce.sh only plans meets a Python that
-notes what it is asked to run; one table is trained in earnest.
+The report reads records that are made up here, mostly of the paper's own Table 1. speed.py reads a clock that moves
+only where a part of the step is at work. reproduce.sh meets a Python that notes what it is asked to run.
 """
 import contextlib
-import copy
-import errno
+import functools
 import io
 import itertools
 import json
@@ -19,8 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
+from unittest import mock
 
 import filelock
 import numpy as np
@@ -33,7 +31,7 @@ import report
 import speed
 import ctl
 
-HOME, DRAW = report.HOME, report.draw
+HOME, DRAW, TABLE = report.HOME, report.draw, Path("results/mini/TABLE.md")
 TAUS, MATCHED = (0.07, 0.3, 0.7, 1.0), "contrastive, match_step True"
 PARTS = ["augmentation", "forward", "similarities and loss", "backward", "optimiser", "bank update"]
 
@@ -57,7 +55,6 @@ def folder(tmp_path, monkeypatch):
 
 
 def cli(*argv, main=report.main):
-    """The script's exit status, standard output and standard error."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = ctl.exit_status("script", main, argv)
@@ -68,17 +65,11 @@ def refused(*words, argv=()):
     """The report says in one line what is wrong, and writes nothing."""
     before = files()
     status, _, err = cli(*argv)
-    assert status == 2 and err.count("\n") == 1 and all(word in err for word in words), err
-    assert files() == before
-    return True
+    assert status == 2 and err.count("\n") == 1 and all(word in err for word in words) and files() == before, err
 
 
 def files(folder="."):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".lock"}
-
-
-def text(name, preset="mini"):
-    return Path("results", preset, name).read_text(encoding="utf-8")
 
 
 def cells(seed=0):
@@ -116,10 +107,9 @@ def runs(*seeds):
     """Runs without files, from (name, tau) -> final of each seed."""
     found = []
     for seed, finals in enumerate(seeds):
-        for row, final in finals.items():
-            config = {"seed": seed, "preset": "mini", "dataset": "cifar10"}
-            found.append(report.Run(Path("x"), {}, config, {}, row, final))
-        found += [run._replace(row=report.UNTRAINED, final=run.final["untrained"]) for run in found[-1:]]
+        config = {"seed": seed, "preset": "mini", "dataset": "cifar10"}
+        found += [report.Run(Path("x"), {}, config, {}, row, final) for row, final in finals.items()]
+        found.append(found[-1]._replace(row=report.UNTRAINED, final=found[-1].final["untrained"]))
     return found
 
 
@@ -128,69 +118,55 @@ def verdicts(*seeds):
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
-
 CLAIMED = {name: "confirmed" for name in [*(f"C{i}" for i in range(1, 10)), "M"]}
 
 
-def test_claims_on_the_papers_own_numbers():
-    seeds = [cells(seed) for seed in range(3)]
-    for c in seeds:  # a run that departs from the preset decides nothing
-        c["contrastive, lr 0.1", 0.3] = {**c["contrastive", 0.3], "uniformity": 0.0, "tolerance": 1.0, "accuracy": 10.0}
-    assert verdicts(*seeds) == CLAIMED
-    assert set(verdicts(cells()).values()) == {"holds in the one seed"}
-
-
-def change(loss, key, values):
-    """An edit of one seed's cells: that metric at each tau, or without one; "profile 1" is the second of a profile."""
-    def edit(c, seed):
-        for tau, value in zip(TAUS if loss in ("contrastive", "hard", MATCHED) else [None], values):
-            name, _, place = key.partition(" ")
-            final = c[loss, tau] = copy.deepcopy(c[loss, tau])
-            if place:
-                final[name][int(place)] = value + seed / 1000
+def change(c, seed, edits):
+    """edits: "LOSS METRIC" -> its value at each tau, or without one; profile1 is the second of the profile."""
+    for words, values in edits.items():
+        loss, _, key = words.rpartition(" ")
+        values = values(seed) if callable(values) else values
+        for tau, value in zip(TAUS if (loss, 0.3) in c else [None], values):
+            final = c[loss, tau] = {**c[loss, tau], "profile": [*c[loss, tau]["profile"]]}
+            if key.startswith("profile"):
+                final["profile"][int(key[-1])] = value + seed / 1000
             else:
-                final[name] = value + (seed / 100 if name != "accuracy_heldout" else 0)
-    return edit
+                final[key] = value + (seed / 100 if key != "accuracy_heldout" else 0)
 
 
-def all_of(*edits):
-    return lambda c, seed: [edit(c, seed) for edit in edits]
-
-
-@pytest.mark.parametrize("edit,turned", [
-    (change("contrastive", "uniformity", (2.96, 3.17, 3.6, 3.86)), {"C1": "refuted"}),
-    (change("contrastive", "tolerance", (0.4, 0.3, 0.2, 0.1)), {"C2": "refuted"}),
+@pytest.mark.parametrize("edits,turned", [
+    ({}, {}),
+    ({"contrastive uniformity": (2.96, 3.17, 3.6, 3.86)}, {"C1": "refuted"}),
+    ({"contrastive tolerance": (0.4, 0.3, 0.2, 0.1)}, {"C2": "refuted"}),
     # An end that is ahead on the test images refutes C3, whatever the held-out labels say of it.
-    (change("contrastive", "accuracy", (86, 83, 82, 82)), {"C3": "refuted"}),
-    (change("contrastive", "accuracy", (79, 83, 82, 86)), {"C3": "refuted"}),
+    ({"contrastive accuracy": (86, 83, 82, 82)}, {"C3": "refuted"}),
+    ({"contrastive accuracy": (79, 83, 82, 86)}, {"C3": "refuted"}),
     # The held-out labels choose 0.7, and 1 of all: that 0.3 is best on the test images isn't asked.
-    (all_of(change("contrastive", "accuracy_heldout", (0, 1, 2, 3)), change("hard", "accuracy_heldout", (0, 0, 9, 0)),
-            change("contrastive", "accuracy", (79, 84, 81, 82))), {"C3": "refuted", "C7": "refuted"}),
-    (all_of(change("contrastive", "accuracy_heldout", (3, 1, 2, 0)),
-            change("contrastive", "accuracy", (83, 70, 84, 83))), {}),
-    (change("simple", "accuracy", [81.5]), {"C4": "refuted"}),
-    (change("hard-simple", "accuracy", [82.0]), {"C5": "refuted"}),
-    (change("hard", "uniformity", (2.9, 2.91, 2.9, 2.92)), {"C6": "refuted"}),
-    # Of two measures one is enough.
-    (change("hard", "uniformity", (3.9, 3.9, 3.2, 3.9)), {"C7": "refuted"}),
-    (change("hard", "accuracy_heldout", (9, 1, 1, 1)), {"C7": "refuted"}),
-    (change("hard", "accuracy_heldout", (1, 9, 1, 1)), {"C7": "undecided"}),
-    (all_of(change("hard", "accuracy_heldout", (9, 1, 1, 1)),  # beside it the range is undecided
-            lambda c, seed: c["hard", 0.7].update(uniformity=(3.9, 3.2, 3.85)[seed])), {"C7": "refuted"}),
-    (change("contrastive", "profile 1", (0.5, 0.3, 0.2, 0.1)), {"C8": "refuted"}),
-    (all_of(change("contrastive", "profile 0", (0.9, 0.8, 0.7, 0.6)),
-            change("contrastive", "profile 1", (0.0, 0.1, 0.2, 0.3))), {"C8": "refuted"}),
-    (change("triplet", "accuracy", [50.0]), {"C9": "refuted"}),
-    (change(MATCHED, "accuracy", (80, 81, 82, 86)), {"M": "refuted"})])
-def test_a_claim_turned_round_is_refuted(edit, turned):
-    """All others stay: none looks at the other's runs."""
+    ({"contrastive accuracy_heldout": (0, 1, 2, 3), "contrastive accuracy": (79, 84, 81, 82),
+      "hard accuracy_heldout": (0, 0, 9, 0)}, {"C3": "refuted", "C7": "refuted"}),
+    ({"contrastive accuracy_heldout": (3, 1, 2, 0), "contrastive accuracy": (83, 70, 84, 83)}, {}),
+    ({"simple accuracy": [81.5]}, {"C4": "refuted"}),
+    ({"hard-simple accuracy": [82.0]}, {"C5": "refuted"}),
+    ({"hard uniformity": (2.9, 2.91, 2.9, 2.92)}, {"C6": "refuted"}),
+    # Of two measures one is enough, beside one that is undecided too.
+    ({"hard uniformity": (3.9, 3.9, 3.2, 3.9)}, {"C7": "refuted"}),
+    ({"hard accuracy_heldout": (9, 1, 1, 1)}, {"C7": "refuted"}),
+    ({"hard accuracy_heldout": (1, 9, 1, 1)}, {"C7": "undecided"}),
+    ({"hard accuracy_heldout": (9, 1, 1, 1),
+      "hard uniformity": lambda seed: (3.88, 3.89, (3.9, 3.2, 3.85)[seed], 3.86)}, {"C7": "refuted"}),
+    ({"contrastive profile1": (0.5, 0.3, 0.2, 0.1)}, {"C8": "refuted"}),
+    ({"contrastive profile0": (0.9, 0.8, 0.7, 0.6), "contrastive profile1": (0.0, 0.1, 0.2, 0.3)}, {"C8": "refuted"}),
+    ({"triplet accuracy": [50.0]}, {"C9": "refuted"}),
+    ({f"{MATCHED} accuracy": (80, 81, 82, 86)}, {"M": "refuted"})])
+def test_a_claim_turned_round_is_refuted(edits, turned):
+    """All others stay: none looks at the other's runs. What departs from the preset decides nothing."""
     seeds = [cells(seed) for seed in range(3)]
     for seed, c in enumerate(seeds):
-        edit(c, seed)
+        change(c, seed, edits)
+        c["contrastive, lr 0.1", 0.3] = {**c["contrastive", 0.3], "uniformity": 0.0, "tolerance": 1.0, "accuracy": 10.0}
     assert verdicts(*seeds) == CLAIMED | turned
-    one = verdicts(seeds[0])
-    for claim, verdict in (CLAIMED | turned).items():
-        assert one[claim] == f"{'holds' if verdict == 'confirmed' else 'fails'} in the one seed", claim
+    words = {claim: "fails" if claim in turned else "holds" for claim in CLAIMED}
+    assert verdicts(seeds[0]) == {claim: f"{word} in the one seed" for claim, word in words.items()}
     assert all(verdicts(cells(0), seeds[1])[claim] != "confirmed" for claim in turned)
 
 
@@ -204,10 +180,8 @@ def test_the_quantity_of_each_claim_by_hand():
                                   "profile": [(0.7, 0.8, 0.85, 0.87)[i], (0.4, 0.55, 0.65, 0.9)[i], 9.0] + [0.0] * 8}
         c["hard", tau] |= {"uniformity": (3.6, 3.2, 2.9, 3.5)[i], "accuracy_heldout": (1, 2, 4, 3)[i]}
         c[MATCHED, tau] |= {"accuracy": (40, 48, 41, 45)[i], "accuracy_heldout": (9, 5, 3, 8)[i]}
-    for name, accuracy in {"simple": 47.5, "hard-simple": 50.5, "triplet": 30}.items():
-        c[name, None] |= {"accuracy": accuracy}
-    found = report.judge(runs(c))
-    step = "smallest step, τ"
+    change(c, 0, {"simple accuracy": [47.5], "hard-simple accuracy": [50.5], "triplet accuracy": [30]})
+    found, step = report.judge(runs(c)), "smallest step, τ"
     assert {name: finding.effect for name, finding in found.items()} == {
         "C1": f"uniformity 3.500, 3.100, 2.800, 2.700; {step} 0.7 to 1.0: 0.100; the bar is 0",
         "C2": f"tolerance 0.100, 0.150, 0.300, 0.500; {step} 0.07 to 0.3: 0.050; the bar is 0",
@@ -219,7 +193,7 @@ def test_the_quantity_of_each_claim_by_hand():
               f"positive 0.700, 0.800, 0.850, 0.870; {step} 0.7 to 1.0: 0.020; the bar is 0",
         "C9": "points over the untrained network: 5.00; the bar is 6.25",  # 30 - 25; (50 - 25) / 4
         "M": "points by which the middle τ leads the better end: 3.00; the bar is 0"}  # 48 - 45
-    assert found["C7"].verdict == "fails in the one seed" and found["C9"].verdict == "holds in the one seed"
+    assert found["C7"].verdict.startswith("fails") and found["C9"].verdict == "holds in the one seed"
     assert found["C7"].of_each_seed == "0: 0.700; 0: 0.70" and found["C1"].of_each_seed == "0: 0.100"
 
 
@@ -233,19 +207,17 @@ def test_what_is_missing_is_named():
         assert found["C4"].of_each_seed == "0: 8.44, 1: 8.44; seed 2 lacks contrastive 0.07 1.0, simple"
         assert found["M"].of_each_seed.endswith(f"; seed 2 lacks {MATCHED} 0.3") and found["M"].seeds == 2
     found = report.judge(runs({("contrastive", 0.3): cells()["contrastive", 0.3]}))
-    assert {finding.verdict for finding in found.values()} == {"not run"} and found["C5"].seeds == 0
-    assert found["C5"].effect == "seed 0 lacks contrastive 0.07 0.7 1.0, hard-simple" and not found["C5"].of_each_seed
+    assert {finding.verdict for finding in found.values()} == {"not run"}
+    assert found["C5"] == ("not run", "seed 0 lacks contrastive 0.07 0.7 1.0, hard-simple", "", 0)
 
 
 def test_quick_is_judged_over_the_three_tau_of_its_table():
-    judge = lambda c: report.judge([run._replace(config={**run.config, "preset": "quick"}) for run in runs(c)])
+    judge = lambda c: report.judge([run._replace(config={"preset": "quick", "seed": 0}) for run in runs(c)])
     c = {row: final for row, final in cells().items() if row[1] != 0.07 and row[0] in ("contrastive", "hard", "simple")}
     found = judge(c)
     assert [found[f"C{i}"].verdict.split()[0] for i in range(1, 10)] == [
         "holds", "holds", "fails", "holds", "not", "holds", "holds", "holds", "not"]
-    # The middle tau is 0.7, the better end 0.3.
-    assert found["C3"].effect == "points by which the middle τ leads the better end: -0.58; the bar is 0"
-    assert found["C1"].effect.startswith("uniformity 3.603, 3.171, 2.964; ")
+    assert found["C3"].effect == "points by which the middle τ leads the better end: -0.58; the bar is 0"  # 0.7, 0.3
     assert set(verdicts(c).values()) == {"not run"}  # mini has all four
     assert judge(cells())["C3"].effect.endswith("better end: 1.06; the bar is 0")  # as has quick, if a user ran them
     del c["contrastive", 0.7]
@@ -259,80 +231,77 @@ def test_the_interval_is_students_t(values, sign, bars):
     margins = [sign * (value - bar) for value, bar in zip(values, bars)]
     found = report.judge_bar(dict(enumerate(zip(values, bars))), sign, "words", 2)
     low, high = scipy.stats.ttest_1samp(margins, 0).confidence_interval()
-    middle, half, bar = np.mean(values), (high - low) / 2, np.mean(bars[:len(values)])
-    interval = f"{middle:.2f} ({middle - half:.2f} to {middle + half:.2f})"
-    assert found.effect == f"words {interval}; the bar is {round(bar, 2):g}"
+    middle, half, bar = np.mean(values), (high - low) / 2, round(np.mean(bars[:len(values)]), 2)
+    assert found.effect == f"words {middle:.2f} ({middle - half:.2f} to {middle + half:.2f}); the bar is {bar:g}"
     assert found.verdict == ("confirmed" if low > 0 else "refuted" if high < 0 else "undecided")
     each = f"1: {values[1]:.2f}" + (" against -0.20" if bars[1] < 0 else "")
     assert found.of_each_seed.split(", ")[1] == each and found.seeds == len(values)
 
 
-@pytest.mark.parametrize("values", ["1234 1243", "1234 2134", "1234 4213", "4312 4321", "1234 3124", "1324 2134",
-                                    "4231 4312"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_pages_test_by_counting_all_orders(values, sign):
+def test_pages_test_by_counting_all_orders(sign):
     """p is the share of the 24² orders of two seeds that are in line with the trend at least as well."""
-    values = [list(map(int, row)) for row in values.split()]
     fit = lambda seeds: sum((i + 1) * rank for row in seeds for i, rank in enumerate(row))
     every = [fit(pair) for pair in itertools.product(itertools.permutations((1, 2, 3, 4)), repeat=2)]
-    up = np.mean([one >= fit(values) for one in every])
-    down = np.mean([one >= fit([row[::-1] for row in values]) for one in every])
-    trend = {seed: [sign * 10.0 * v for v in row] for seed, row in enumerate(values)}
-    found = report.judge_trend(trend, TAUS, sign, "words", 3)
-    assert found.effect.endswith(f"; p = {up:.2g}") and found.seeds == 2
-    assert found.verdict.split(",")[0] == ("confirmed" if up <= 0.025 else "refuted" if down <= 0.025 else "undecided")
+    for rows in ("1234 1243", "1234 2134", "1234 4213", "4312 4321", "1234 3124", "1324 2134", "4231 4312"):
+        values = [list(map(int, row)) for row in rows.split()]
+        up, down = (np.mean([one >= fit([row[::way] for row in values]) for one in every]) for way in (1, -1))
+        trend = {seed: [sign * 10.0 * v for v in row] for seed, row in enumerate(values)}
+        found = report.judge_trend(trend, TAUS, sign, "words", 3)
+        verdict = "confirmed" if up <= 0.025 else "refuted" if down <= 0.025 else "undecided"
+        assert found.effect.endswith(f"; p = {up:.2g}") and found.verdict.split(",")[0] == verdict and found.seeds == 2
 
 
 def test_a_step_against_a_confirmed_trend_is_named():
     judge = lambda trend: report.judge_trend(trend, TAUS, 1, "words", 3)
-    falls = {seed: [0.0, 1.0, 3.0, 2.9 - seed / 100] for seed in range(3)}
-    found = judge(falls)
+    found = judge({seed: [0.0, 1.0, 3.0, 2.9 - seed / 100] for seed in range(3)})
     assert found.verdict == "confirmed, except τ 0.7 to 1.0" and found.of_each_seed == "0: -0.100, 1: -0.110, 2: -0.120"
     # 4.303 · 0.01 / sqrt 3
     assert "2.890; smallest step, τ 0.7 to 1.0: -0.110 (-0.135 to -0.085); the bar is 0; p = " in found.effect
     unsure = {seed: [0.0, 1.0, 3.0, 2.9 + 0.2 * (seed == 1)] for seed in range(3)}
     assert judge(unsure).verdict == "confirmed"  # its interval reaches above 0
-    assert [judge({0: row}).verdict.split()[0] for row in ([0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 1, 3])] == [
-        "holds", "fails", "fails"]
+    assert [judge({0: row}).verdict[0] for row in ([0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 1, 3])] == ["h", "f", "f"]
     # Both measures of C8: each exception is named.
     seeds = [cells(seed) for seed in range(3)]
     for seed, c in enumerate(seeds):
-        change("contrastive", "profile 0", (0.6, 0.7, 0.9, 0.85 - seed / 100))(c, seed)
-        change("contrastive", "profile 1", (0.1, 0.15 - seed / 100, 0.6, 0.8))(c, seed)
+        change(c, seed, {"contrastive profile0": (0.6, 0.7, 0.9, 0.85 - seed / 100),
+                         "contrastive profile1": (0.1, 0.15 - seed / 100, 0.6, 0.8)})
     assert verdicts(*seeds)["C8"] == "confirmed, except τ 0.07 to 0.3, except τ 0.7 to 1.0"
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
-
-
 def test_report():
+    focal = put("simple", version=2, edit=lambda record: record["config"].update(loss="focal"))
+    focal.rename(focal.with_name("focal_seed0.json"))  # a loss that ctl does not know
     for seed in range(3):
         for (name, tau), final in cells(seed).items():
             if (name, tau) != ("hard", 1.0) and name != MATCHED:
                 put(name, tau, seed, {"accuracy": 80.0 + seed})
-    put(MATCHED, 0.3, 9, {"accuracy": 12.34})
+    put(MATCHED, 0.3, 9)
     put("contrastive", 0.2, 0, {"accuracy": 56.78})
     put("simple", milestones=(3, 5), schedule="step")
     put("simple", lr=0.5, probe_lr=3.0)
+    for hidden in ("mini/cifar10/._focal_seed0.json", "mini/.ipynb_checkpoints/a.json", ".Trash/cifar10/a.json"):
+        Path("results", hidden).parent.mkdir(parents=True, exist_ok=True)
+        Path("results", hidden).write_text("{")
     status, out, err = cli()
-    assert status == 0 and err == ""
-    lines = [line for line in text("TABLE.md").splitlines() if line.startswith("| ")]
-    assert lines[3].rsplit("|", 2)[0] in out and lines[3].startswith(
+    made, other = TABLE.read_text().split("version 2")
+    lines = [line for line in made.splitlines() if line.startswith("| ")]
+    assert status == 0 and lines[3].rsplit("|", 2)[0] in out and "| focal |  | 74.83 (1) | – |" in other
+    assert lines[3].startswith(
         "| contrastive | 0.2 | 56.78 (1) | 83.78 | 50.00 (1) | 3.860 (1) | – | 0.040 (1) | – | [0](cifar10/contr")
     assert lines[4].startswith("| contrastive | 0.3 | 81.00 ± 1.00 (3) | 83.27 | 50.00 ± 0.00 (3) | 3.602 ± 0.002 (3) "
                                "| 3.6 | 0.180 ± 0.002 (3) | 0.178 | [0](cifar10/contrastive_tau0.3_seed0.json) [1](")
-    links = re.findall(r"\]\((\S+)\)", text("TABLE.md"))
+    links = re.findall(r"\]\((\S+)\)", made)
     assert len(links) == 10 * 3 + 4 and all(Path("results/mini", target).is_file() for target in links)
     assert "| hard | 1.0 | – | 84.19 | – | – | 3.86 | – | 0.03 | missing |" in lines
-    # Of each seed once, and of no departing run.
     assert lines[-1] == ("| untrained |  | 25.00 ± 0.00 (3) | – | 20.00 ± 0.00 (3) | 2.500 ± 0.000 (3) | – "
                          "| 0.300 ± 0.000 (3) | – |  |")
-    order = [line.split(" | ")[0][2:] for line in lines[2:]]
-    assert list(dict.fromkeys(order)) == [
+    assert list(dict.fromkeys(line.split(" | ")[0][2:] for line in lines[2:])) == [
         *dict(ctl.CELLS), "triplet", "simple, lr 0.5, probe_lr 3.0", MATCHED, "simple, schedule step, milestones 3-5",
         "untrained"]
-    assert ("| **refuted** | points lost: 0.00 (0.00 to 0.00); the bar is 2 | 0: 0.00, 1: 0.00, 2: 0.00; seed 9 lacks"
-            in text("CLAIMS.md"))
+    effect = "| **refuted** | points lost: 0.00 (0.00 to 0.00); the bar is 2 | 0: 0.00, 1: 0.00, 2:"
+    assert effect in TABLE.with_name("CLAIMS.md").read_text()
     before = {path: path.stat().st_mtime_ns for path in files()}
     assert cli()[0] == 0 and {path: path.stat().st_mtime_ns for path in files()} == before  # what is the same stays
 
@@ -344,120 +313,80 @@ def test_what_differs_in_preset_dataset_or_version_is_never_averaged():
     for preset in ("narrow", "paper", "quick", "smoke"):
         put("simple", seed=3, final={"accuracy": 70.0}, preset=preset)
     assert cli()[0] == 0
-    for name, values, missing in (("mini", ("10.00", "90.00", "40.00"), 27), ("narrow", ("70.00",), 9),
-                                  ("paper", ("70.00",), 9), ("quick", ("70.00",), 6), ("smoke", ("70.00",), 0)):
-        assert text("TABLE.md", name).count("## preset") == len(values)
-        assert all(f"| simple |  | {value} (1) |" in text("TABLE.md", name) for value in values)
-        assert text("TABLE.md", name).count("missing") == missing  # quick has seven rows, smoke those it has
-    assert "[2](my%20images/simple_seed2.json)" in text("TABLE.md")
+    for name, missing in {"mini": 27, "narrow": 9, "paper": 9, "quick": 6, "smoke": 0}.items():
+        made = Path(f"results/{name}/TABLE.md").read_text()
+        values = re.findall(r"## preset|\| simple \|  \| (\S+) \(1\)", made)
+        assert values == (["", "10.00", "", "90.00", "", "40.00"] if name == "mini" else ["", "70.00"])
+        assert made.count("missing") == missing  # quick has seven rows, smoke those it has
+    assert "[2](my%20images/simple_seed2.json)" in TABLE.read_text()
     shutil.rmtree("results/mini/my images")
-    before = text("TABLE.md")
-    assert cli("--preset", "narrow")[0] == 0 and text("TABLE.md") == before
+    before = TABLE.read_text()
+    assert cli("--preset", "narrow")[0] == 0 and TABLE.read_text() == before
 
 
 # ------------------------------------------------------------------------------------------ records that are refused
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_edited_misplaced_and_unreadable_records(version):
-    path = put("hard", 0.3, version=version)
-    for other in ("backup/hard_tau0.3_seed0", "../quick/cifar10/hard_tau0.3_seed0", "cifar10/hard_tau0.3_seed1",
-                  "cifar10/hard_tau0.3_seed0 (copy)", "cifar10/hard_tau0.3_lr-0.5_seed0", "cifar10/hard_tau0.7_seed0",
-                  "cifar10/hard-simple_seed0", "cifar10/hard_tau0.3_match_step-True_seed0",
-                  "cifar10/hard_tau0.3_x-3_seed0"):
-        other = Path(os.path.normpath(f"results/mini/{other}.json"))
+def test_edited_misplaced_and_unreadable_records():
+    path = put("hard", 0.3)
+    for other in ("mini/backup/hard_tau0.3_seed0", "quick/cifar10/hard_tau0.3_seed0", "mini/cifar10/hard_tau0.3_seed1",
+                  "mini/cifar10/hard_tau0.3_seed0 (copy)", "mini/cifar10/hard_tau0.3_lr-0.5_seed0",
+                  "mini/cifar10/hard_tau0.7_seed0", "mini/cifar10/hard-simple_seed0"):
+        other = Path(f"results/{other}.json")
         other.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, other)
-        assert refused(str(other), "another run, or is a copy")
+        refused(str(other), "another run, or is a copy")
         other.unlink()
-    Path("results/mini/cifar10/simple_seed7.json").mkdir()
-    assert refused("simple_seed7.json")
-    Path("results/mini/cifar10/simple_seed7.json").rmdir()
     path.write_text(path.read_text().replace('"knn": 50.0', '"knn": 60.0'))
-    assert refused("sha256", str(path))
+    refused("sha256", str(path))
+    for place in """config final images environment protocol_version config.loss config.tau config.seed config.preset
+            config.dataset final.accuracy final.uniformity final.profile final.untrained final.accuracy_heldout
+            final.untrained.knn data_sha256 images.train environment.torch""".split():
+        *way, last = place.split(".")
+        put("hard", 0.3, edit=lambda record: functools.reduce(dict.get, way, record).pop(last))
+        refused(str(path), f"has no {last!r}")
     path.unlink()
-    assert refused("no folder", argv=["--out", "elsewhere"])
+    refused("no folder", argv=["--out", "elsewhere"])
     Path("empty").mkdir()
-    assert refused("no records of any preset", argv=["--out", "empty"])
-    assert refused("no records of paper", argv=["--preset", "paper"])
-    assert refused("--readme", "leave --out away", argv=["--out", "empty", "--readme"])
-    assert refused("--tsne", argv=["--tsne", "x"])
-
-
-@pytest.mark.parametrize("place", """config final images environment protocol_version config.loss config.tau config.seed
-    config.preset config.dataset final.accuracy final.uniformity final.profile final.untrained
-    final.accuracy_heldout final.untrained.knn data_sha256 images.train environment.torch""".split())
-def test_a_missing_key_is_named_with_its_file(place):
-    *way, last = place.split(".")
-
-    def drop(record):
-        for key in way:
-            record = record[key]
-        del record[last]
-    assert refused(str(put("contrastive", 0.07, edit=drop)), f"has no {last!r}")
+    refused("no records of any preset", argv=["--out", "empty"])
+    refused("no records of paper", argv=["--preset", "paper"])
+    refused("--readme", "leave --out away", argv=["--out", "empty", "--readme"])
 
 
 @pytest.mark.parametrize("loss,tau", [("hard", 0.3), ("simple", None)])
 def test_records_of_one_table_agree_in_each_setting(loss, tau):
     put(loss, tau)
-    for key in ctl.make_config("mini").recorded():
+    for key in [*ctl.make_config("mini").recorded(), "new"]:
         other = "another run" if key in ("loss", "tau", "seed", "preset", "dataset") else f": {key} "  # these: the path
-        for edit, words in ((lambda config: config.pop(key), key), (lambda config: config.update({key: "new"}), other)):
-            path = put(loss, tau, seed=1, edit=lambda record: edit(record["config"]))
-            assert refused(str(path), words)
-            path.unlink()
-    put(loss, tau, seed=1, edit=lambda record: record["config"].update(new=1))
-    assert refused("new is")
+        refused(str(put(loss, tau, 1, edit=lambda record: record["config"].update({key: "x"}))), other)
+        if key != "new":
+            refused(str(put(loss, tau, 1, edit=lambda record: record["config"].pop(key))), key)
 
 
 def test_what_the_name_says_may_differ_and_nothing_else():
-    put("simple", version=2)
-    put("hard", 0.3, version=2)  # k differs from loss to loss
-    put("hard", 0.7, version=2, k=7)
-    put("simple", seed=1, version=2, lr=0.5)
-    assert cli()[0] == 0
-    path = put("simple", seed=2, version=2, lr=0.5, edit=lambda record: record["config"].update(probe_lr=9.0))
-    assert refused(str(path), "probe_lr is 9.0, but 0.3")
-    path.unlink()
-    path = put("hard", 1.0, version=2, edit=lambda record: record["config"].update(k=8))
-    assert refused(str(path), "k of hard is 8, but 409")
-
-
-def test_runs_on_other_images_are_refused():
-    for departs in ({}, {"subset": 100}):
+    for row, departs in ((("simple",), {}), (("simple",), {"lr": 0.5}), (("hard", 0.3), {}), (("hard", 0.7), {"k": 7})):
+        put(*row, version=2, **departs)  # k differs from loss to loss
+    for departs in ({}, {"subset": 100}):  # has other images
         put("simple", dataset="waves", images=str(departs), **departs)
-    assert cli()[0] == 0  # a subset is in the name
-    assert "| loss | τ | accuracy, % | kNN, % | uniformity | tolerance | records |\n" in text("TABLE.md")
-    for departs in ({}, {"subset": 100}):
-        path = put("simple", seed=1, dataset="waves", images="1", **departs)
-        assert refused(str(path), f"data_sha256 (size 32, subset {departs.get('subset', 5000)}, test_subset None) is 1")
+    assert cli()[0] == 0
+    assert "| loss | τ | accuracy, % | kNN, % | uniformity | tolerance | records |\n" in TABLE.read_text()
+    config = lambda **edit: {"edit": lambda record: record["config"].update(edit), "version": 2}
+    images, of = {"dataset": "waves", "images": "1"}, "data_sha256 (size 32, subset {}, test_subset None) is 1"
+    for loss, tau, given, words in (("simple", None, {"lr": 0.5, **config(probe_lr=9.0)}, "probe_lr is 9.0, but 0.3"),
+                                    ("hard", 1.0, config(k=8), "k of hard is 8, but 409"),
+                                    ("simple", None, images, of.format(5000)),
+                                    ("simple", None, {"subset": 100, **images}, of.format(100))):
+        path = put(loss, tau, 2, **given)
+        refused(str(path), words)
         path.unlink()
 
 
-def test_a_loss_may_be_unknown_and_hidden_files_are_no_records():
-    path = put("simple", edit=lambda record: record["config"].update(loss="focal"))
-    shutil.move(path, path.with_name("focal_seed0.json"))
-    for hidden in ("mini/cifar10/._focal_seed0.json", "mini/.ipynb_checkpoints/a.json", ".Trash/cifar10/a.json"):
-        Path("results", hidden).parent.mkdir(parents=True, exist_ok=True)
-        Path("results", hidden).write_text("{")
-    assert cli()[0] == 0 and "| focal |  | 74.83 (1) | – |" in text("TABLE.md")
-
-
 # ----------------------------------------------------------------------------------------------------- a user's own run
-
-
-def put_quick(seed=0, out="runs", **edits):
-    for (loss, tau), final in cells().items():
-        if tau != 0.07 and loss in ("contrastive", "hard", "simple"):
-            put(loss, tau, seed, {**final, **edits.get(f"{loss}{tau or ''}", {})}, "quick", "waves", out=out)
-
-
 def test_quick_says_what_it_showed(monkeypatch):
+    """Each step counts, and the hard loss at each tau."""
     monkeypatch.setattr(report, "draw", lambda runs: {Path("runs/quick/waves-v1-dilemma.png").resolve(): b"a picture"})
-    put_quick(0)
-    # Each step counts, and the hard loss at each tau.
     same = cells()["contrastive", 0.3]["tolerance"]
-    put_quick(1, **{"contrastive0.7": {"uniformity": 3.7, "tolerance": same}, "hard1.0": {"uniformity": 2.9}})
+    turned = {("contrastive", 0.7): {"uniformity": 3.7, "tolerance": same}, ("hard", 1.0): {"uniformity": 2.9}}
+    for row, seed in itertools.product(itertools.product(("contrastive", "hard"), TAUS[1:]), (0, 1)):
+        put(*row, seed, {**cells()[row], **turned.get(row * seed, {})}, "quick", "waves", out="runs")
     put("simple", None, 2, None, "quick", "waves", out="runs")
     status, out, err = cli("--out", "runs")
     assert status == 0 and err == "" and out.endswith("""
@@ -465,11 +394,11 @@ def test_quick_says_what_it_showed(monkeypatch):
 seed 0, τ = 0.3, 0.7, 1.0
   shows          uniformity falls as τ grows: 3.60 → 3.17 → 2.96
   shows          tolerance grows with τ: 0.18 → 0.33 → 0.38
-  shows          the hard loss is more uniform than the ordinary loss, at each τ: 3.60 → 3.89, 3.17 → 3.87, 2.96 → 3.86
+  shows          hard loss more uniform than ordinary, at each τ: 3.60 → 3.89, 3.17 → 3.87, 2.96 → 3.86
 seed 1, τ = 0.3, 0.7, 1.0
   does not show  uniformity falls as τ grows: 3.60 → 3.70 → 2.96
   does not show  tolerance grows with τ: 0.18 → 0.18 → 0.38
-  does not show  the hard loss is more uniform than the ordinary loss, at each τ: 3.60 → 3.89, 3.70 → 3.87, 2.96 → 2.90
+  does not show  hard loss more uniform than ordinary, at each τ: 3.60 → 3.89, 3.70 → 3.87, 2.96 → 2.90
 seed 2, τ = 0.3, 0.7, 1.0: lacks contrastive 0.3 0.7 1.0, hard 0.3 0.7 1.0
 
 picture to open: runs/quick/waves-v1-dilemma.png
@@ -478,33 +407,27 @@ picture to open: runs/quick/waves-v1-dilemma.png
 
 
 def test_a_users_digits_are_held_against_the_published_ones():
-    for out in ("results", "runs"):
-        put("simple", out=out)
-        put("hard", 0.3, out=out)
+    for row, out in itertools.product((("simple", None), ("hard", 0.3)), ("results", "runs")):
+        put(*row, out=out)
     put("hard", 0.7)
     put("triplet", out="runs")  # not published
     before = files("results")
-    status, out, _ = cli("--out", "runs")
-    assert status == 0 and out.endswith("\n\ndigits: all 2 records equal the published ones\n")
-    assert files("results") == before and Path("runs/mini/TABLE.md").exists() and "digits" not in cli()[1]
-
-    def elsewhere(record):
-        record["environment"] |= {"cpu": "Xeon", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert cli("--out", "runs")[1].endswith("\n\ncheck: all 2 records equal the published ones\n")
+    assert files("results") == before and Path("runs/mini/TABLE.md").exists() and "check:" not in cli()[1]
+    elsewhere = lambda record: record["environment"].update(cpu="Xeon", ONEDNN_MAX_CPU_ISA="AVX2")
     put("hard", 0.3, 0, {"accuracy": 84.133, "knn": None, "profile": [0.83] + [0.4] * 10}, out="runs", edit=elsewhere)
     put("hard", 0.7, 0, {"accuracy": 80.0}, out="runs", edit=elsewhere)
-    for seed, published in ((1, "results"), (1, "runs")):
-        put("simple", None, seed, out=published)
+    put("triplet")
     assert cli("--out", "runs")[1].endswith("""
-digits: 2 of 4 records differ from the published ones; at most: accuracy by 4.2, knn by 50, profile by 0.43
+check: 2 of 4 records differ from the published ones; at most: accuracy by 4.2, knn by 50, profile by 0.43
   here:      cpu Xeon, device cpu AVX2, ONEDNN_MAX_CPU_ISA AVX2, threads 1, torch 2
   published: cpu ?, device cpu AVX2, ONEDNN_MAX_CPU_ISA ?, threads 1, torch 2
   another kind of CPU, or another torch, rounds otherwise, and training amplifies that
 """)
-    for path in Path("runs/mini/cifar10").glob("*"):
-        path.unlink()
+    shutil.rmtree("runs")
     for other in ({"images": "1"}, {"edit": lambda record: record["config"].update(momentum=0.5)}):
         put("simple", out="runs", **other)
-        assert re.search(r"digits: 1 of 1 .*; at most: no metric\n(.*\n){2}  their settings or images differ too\n",
+        assert re.search(r"check: 1 of 1 .*; at most: no metric\n(.*\n){2}  their settings or images differ too\n",
                          cli("--out", "runs")[1])
 
 
@@ -516,52 +439,49 @@ def test_one_report_at_a_time_and_the_last_sees_all_records(monkeypatch):
         time.sleep(0.5)
         put("simple", seed=1, final={"accuracy": 20.0})
     other.join()
-    assert "| simple |  | 15.00 ± 7.07 (2) |" in text("TABLE.md")
-
-    def cannot_lock(self, *args, **options):
-        raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(filelock.FileLock, "acquire", cannot_lock)
+    assert "| simple |  | 15.00 ± 7.07 (2) |" in TABLE.read_text()
+    monkeypatch.setattr(filelock.FileLock, "acquire", mock.Mock(side_effect=OSError("No locks available")))
     status, _, err = cli()
     assert status == 1 and err.count("\n") == 1 and str(Path("results").resolve()) in err and "can't lock" in err
 
 
 # ----------------------------------------------------------------------------------------------------------- READMEs
-
 KINDS = ["table mini cifar10", "rows mini cifar10", "effects mini cifar10", "findings",
          "ladder mini cifar10", "costs", "table narrow cifar10", "ladder paper svhn"]
 MARKED = "a\n" + "".join(f"<!-- report: {kind} -->\nstale\n<!-- /report -->\nb\n" for kind in KINDS)
 
 
 def filled(kind):
-    """The lines that the report put behind the marker, in README.md."""
     part = re.search(rf"<!-- report: {kind} -->\n(.*?)\n<!-- /report -->", Path("README.md").read_text(), re.DOTALL)
     return part[1].splitlines()
 
 
 def test_the_readmes_are_filled():
-    for seed in (0, 1):
-        for row in cells():
-            put(*row, seed)
+    for row, seed in itertools.product(cells(), (0, 1)):
+        put(*row, seed)
     put("contrastive", 0.3, 0, {"accuracy": 1.0}, lr=0.5)
     put("simple", preset="narrow")
-    for path in ("README.md", "results/README.md"):
-        Path(path).write_text(MARKED)
-    assert cli()[0] == 0 and Path("README.md").read_text() == MARKED == Path("results/README.md").read_text()
+    readmes = Path("README.md"), Path("results/README.md")
+    for path in readmes:
+        path.write_text(MARKED)
+    assert cli()[0] == 0 and all(path.read_text() == MARKED for path in readmes)
     assert cli("--readme", "--preset", "mini")[0] == 0
-    for path in ("README.md", "results/README.md"):
-        made = Path(path).read_text()
+    for path in readmes:
+        made = path.read_text()
         assert "stale" not in made and made.startswith("a\n") and made.count("\nb\n") == len(KINDS)
         links = re.findall(r"\]\((\S+)\)", made)
-        assert len(links) == 2 * 15 + 1 and all(Path(path).parent.joinpath(link).is_file() for link in links)
+        assert len(links) == 2 * 15 + 1 and all(path.parent.joinpath(link).is_file() for link in links)
     table, whole = filled("table mini cifar10"), filled("rows mini cifar10")
     assert len(table) == 2 + 10 + 1 and "](" not in "".join(table) and table[-1].startswith("| untrained |")
-    assert "| contrastive | 0.3 | 83.27 ± 0.00 (2) | 83.27 |" in table[3] and "triplet" not in "".join(table)
-    assert len(whole) == 2 + 10 + 1 + 5 + 1 and any("contrastive, lr 0.5" in line for line in whole)
-    claims = filled("effects mini cifar10")
-    assert len(claims) == 2 + 10 and "0: " in claims[4] and len(filled("findings")) == 2 + 5 + 2
+    assert "| contrastive | 0.3 | 83.27 ± 0.00 (2) | 83.27 |" in table[3] and len(whole) == 2 + 10 + 1 + 5 + 1
+    assert len(filled("effects mini cifar10")) == 2 + 10 and len(filled("findings")) == 2 + 5 + 2
     assert filled("ladder paper svhn") == ["No records yet."] and "74.83 (1)" in filled("table narrow cifar10")[6]
     before = files()
     assert cli("--readme")[0] == 0 and files() == before
+    for old, new in (("/report -->\nb", "b"), ("<!-- /", "<!-- / "), ("costs -->\n", "costs -->"),
+                     ("findings", "compare"), ("table mini cifar10", "table mini"), ("<!-- report", "<!--report")):
+        Path("results/README.md").write_text(MARKED.replace(old, new, 1))
+        refused("results/README.md", argv=["--readme"])
 
 
 def test_the_findings_in_plain_words():
@@ -569,28 +489,26 @@ def test_the_findings_in_plain_words():
     c = cells()
     c["hard", 1.0] |= {"uniformity": 3.6}
     mini, one = runs(c, cells(1), cells(2)), runs({row: final for row, final in cells().items() if row[0] != "triplet"})
-    groups = {("mini", "cifar10-jpeg", 1): mini, ("mini", "cifar10-jpeg", 0): one, ("mini", "waves", 1): one,
-              ("narrow", "cifar10", 1): one, ("narrow", "cifar100", 1): mini}
-    for key, found in [*groups.items()]:
-        config = {**one[0].config, "epochs": 60, "preset": key[0], "dataset": key[1]}
-        groups[key] = [run._replace(record={"images": {"train": 5000}}, config={**config, "seed": run.config["seed"]})
-                       for run in found]
+    groups = {}
+    for key, found in {("mini", "cifar10-jpeg", 1): mini, ("mini", "cifar10-jpeg", 0): one, ("mini", "waves", 1): one,
+                       ("narrow", "cifar10", 1): one, ("narrow", "cifar100", 1): mini}.items():
+        more, record = {"epochs": 60, "preset": key[0], "dataset": key[1]}, {"images": {"train": 5000}}
+        groups[key] = [run._replace(record=record, config={**run.config, **more}) for run in found]
     both = lambda numbers: "`narrow`: {}<br>`mini`: {}".format(*numbers)
     sure = both(("holds in the one seed", "confirmed, 3 seeds"))
     dilemma = "uniformity 3.86 → 2.96, tolerance 0.04 → 0.37"
-    hard = "uniformity +{} in the mean, its range over τ {}; best τ {}, the ordinary loss's 0.3".format
+    hard = "uniformity +{} on average, range over τ {}; best τ {} on average, ordinary 0.3".format
     lines = [line.strip("| ").split(" | ")[1:] for line in report.findings(groups).splitlines()]
     assert lines[2:7] == [
         [dilemma, both((dilemma.replace("7", "8"), dilemma)), sure], ["+1.1 points", both(["+1.1 points"] * 2), sure],
-        [(simple := "simple loses 8.4 points, hard-simple gains 1.6"), both([simple] * 2), sure],
+        [(simple := "simple loses 8.4 points; hard-simple: +1.6"), both([simple] * 2), sure],
         [hard(0.48, 0.03, 0.7), both((hard(0.48, 0.03, 1), hard(0.46, 0.12, 0.9))),  # 0.9 of 1, 0.7 and 1
-         both(("holds in the one seed", "more uniform: confirmed, 3 seeds; hardly change, larger best τ: undecided, "
+         both(("holds in the one seed", "more uniform: confirmed, 3 seeds; flat, with a larger best τ: undecided, "
                "3 seeds"))],
         ["no number", both(("not run", "+1.1 points over the untrained network")),
          both(("not run", "confirmed, 3 seeds"))]]
-    assert lines[8] == [] and report.findings(groups).endswith(
-        "\n\n`narrow`: cifar10, 5,000 training images, 60 epochs. `mini`: cifar10-jpeg, 5,000 training images, 60 "
-        "epochs.")
+    same = "5,000 training images, 60 epochs."
+    assert report.findings(groups).endswith(f"\n\n`narrow`: cifar10, {same} `mini`: cifar10-jpeg, {same}")
     groups["paper", "cifar10", 1] = [run for run in groups["narrow", "cifar10", 1] if run.row == ("contrastive", 0.3)]
     found = report.findings(groups)
     assert found.splitlines()[2].startswith("| contrastive | 0.3 | 83.27 (1) | 83.27 |") and not found.splitlines()[3]
@@ -598,48 +516,32 @@ def test_the_findings_in_plain_words():
 
 
 def test_the_ladder_of_epochs_and_widths():
-    for seed, (small, large) in enumerate(((40.0, 41.0), (42.0, 44.0))):
-        put("contrastive", 0.07, seed, {"accuracy": small, "knn": 30.0})
-        put("contrastive", 0.3, seed, {"accuracy": large, "knn": 29.5})
-    for departs, gain in (({"epochs": 120}, 3.0), ({"width": 32}, -2.0), ({"lr": 0.5}, 9.0)):
-        put("contrastive", 0.07, 0, {"accuracy": 50.0, "knn": 10.0}, **departs)
-        put("contrastive", 0.3, 0, {"accuracy": 50.0 + gain, "knn": 12.0}, **departs)
+    for seed, departs, gain, knn in ((0, {}, 1.0, -0.5), (1, {}, 2.0, -0.5), (0, {"epochs": 120}, 3.0, 2.0),
+                                     (0, {"width": 32}, -2.0, 2.0), (0, {"lr": 0.5}, 9.0, 0.0)):
+        put("contrastive", 0.07, seed, {"accuracy": 50.0 - seed, "knn": 10.0}, **departs)
+        put("contrastive", 0.3, seed, {"accuracy": 50.0 - seed + gain, "knn": 10.0 + knn}, **departs)
     put("contrastive", 0.3, 1, epochs=90)  # without its pair
-    for tau in (0.07, 0.3):  # another loss
-        put("hard", tau)
+    put("hard", 0.07)  # another loss
+    put("hard", 0.3)
     lines = report.ladder(report.read_groups(Path("results"))["mini", "cifar10", 1]).splitlines()
     assert lines[2:] == ["| 60 | 16 | 2 | 1.50 (-4.85 to 7.85) | -0.50 (-0.50 to -0.50) |",  # 12.706 · 0.7071 / sqrt 2
                          "| 60 | 32 | 1 | -2.00 | 2.00 |", "| 120 | 16 | 1 | 3.00 | 2.00 |"]
 
 
 def test_costs():
-    figures = json.loads((HOME / "profile/mini.json").read_text()) | {
-        "parts_ms": dict(zip(PARTS, (3.72, 30.1, 1.9, 55, 1.2, 0.3))), "step_ms": 92.34, "network_ms": 83.3,
-        "step_over_network": 1.1084, "images_per_second": 693.4, "peak_memory_mib": None, "training_hours": 0.13}
+    figures = {"parts_ms": dict(zip(PARTS, (3.72, 30.1, 1.9, 55, 1.2, 0.3))), "step_ms": 92.34, "network_ms": 83.3,
+               "step_over_network": 1.1084, "images_per_second": 693.4, "peak_memory_mib": None,
+               "training_hours": 0.13, "environment": {"threads": 2}}
     path = Path("results/profile/tiny.json")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(figures))
     lines, row = report.costs(report.HOME.parent).splitlines(), "3.7 30.1 1.9 55.0 1.2 0.3 92.3 83.3 1.108 693 nan 0.1"
     assert lines[2:] == [f"| [tiny](results/profile/tiny.json) | 2 | {' | '.join(row.split())} |"]
     assert len({line.count("|") for line in lines}) == 1 and " | ".join(PARTS) in lines[0]
-    put("simple")
-    Path("README.md").write_text("<!-- report: costs -->\n<!-- /report -->\n")
-    Path("results/README.md").touch()
     for broken in ("", "{}", json.dumps(figures).replace("step_ms", "x")):
         path.write_text(broken)
-        assert refused("tiny.json", argv=["--readme"])
-
-
-@pytest.mark.parametrize("old,new", [
-    ("<!-- /report -->\nb", "b"), ("<!-- /report -->\nb", "<!-- / report -->\nb"),
-    ("report: findings", "report: compare"), ("report: table mini cifar10", "report: table mini"),
-    ("<!-- report: costs", "<!--report: costs"),
-    ("<!-- report: costs -->\n", "<!-- report: costs --> ")])
-def test_a_broken_marker_costs_no_text(old, new):
-    put("simple")
-    Path("README.md").write_text("fine\n")
-    Path("results/README.md").write_text(MARKED.replace(old, new, 1))
-    assert refused("results/README.md", argv=["--readme"])
+        with pytest.raises(ctl.BadInput, match="tiny.json"):
+            report.costs(report.HOME)
 
 
 def test_the_committed_files_are_what_the_records_give(monkeypatch):
@@ -649,25 +551,21 @@ def test_the_committed_files_are_what_the_records_give(monkeypatch):
     assert len(groups["mini", "cifar10-jpeg", 1]) == 79 + 3  # of three seeds the untrained network
     made = report.make_files(groups)
     made |= {path: report.fill_in(path, groups) for path in (HOME.parent / "README.md", HOME / "README.md")}
-    assert len(made) == 2 + 2 * len(groups) >= 6
-    assert [path for path, content in made.items() if path.read_bytes() != content] == []
+    assert len(made) == 2 + 2 * len(groups) and made == {path: path.read_bytes() for path in made}
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """What is drawn: a method's name -> (axes, arguments, options) of each call; and the figures that are saved."""
-    import matplotlib.axes
-    import matplotlib.figure
-    seen = {"figures": []}
-    for name in ("errorbar", "plot", "axhline", "text"):
-        def keep(self, *args, name=name, do=getattr(matplotlib.axes.Axes, name), **options):
-            seen.setdefault(name, []).append((self, args, options))
+    from matplotlib.figure import Axes, Figure
+    seen = {"figures": [], "errorbar": [], "plot": [], "axhline": [], "text": []}
+    for name in [*seen][1:]:
+        def keep(self, *args, name=name, do=getattr(Axes, name), **options):
+            seen[name].append((self, args, options))
             return do(self, *args, **options)
-        monkeypatch.setattr(matplotlib.axes.Axes, name, keep)
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, buffer, format, **options:
+        monkeypatch.setattr(Axes, name, keep)
+    monkeypatch.setattr(Figure, "savefig", lambda self, buffer, format, **options:
                         seen["figures"].append(self) if format == "png" else None)
     monkeypatch.setattr(report, "draw", DRAW)
     return seen
@@ -689,51 +587,43 @@ def test_the_dilemma_shows_the_records(drawn):
     assert figure.get_supxlabel() == ("solid: ours (hollow points: one seed; bars: standard deviation); dashed: the "
                                       "paper's\npreset mini: cifar10, 5,000 training images, 60 epochs")
     curves = {(axes.index(axis), options["color"], options.get("linestyle", "-")): args
-              for axis, args, options in drawn["plot"] if axis in axes}
-    ours = {0: lambda tau: 3.5 - tau, 1: lambda tau: tau + 0.5, 2: lambda tau: 10 + 3 * tau}  # 70.5 - 60.5
-    for panel, key in enumerate(ctl.TABULATED[1:] + ctl.TABULATED[:1]):
+              for axis, args, options in drawn["plot"] + drawn["axhline"] if axis in axes}
+    for panel, (key, zero, ours, level) in enumerate([
+            ("uniformity", 0, lambda tau: 3.5 - tau, (1.5, 1.68)), ("tolerance", 0, lambda tau: tau + 0.5, (2.5, 0.61)),
+            ("accuracy", 74.83, lambda tau: 10 + 3 * tau, (0, 0))]):  # 70.5 - 60.5
         taus, means = curves[panel, blue, "-"]
-        assert taus == [0.02, *TAUS] and means[1:] == pytest.approx([ours[panel](tau) for tau in TAUS])
-        taus, means = curves[panel, orange, "--"]
-        zero = 74.83 if key == "accuracy" else 0
-        assert means == pytest.approx([ctl.paper_values("cifar10", "hard", tau)[key] - zero for tau in TAUS])
-        levels = {(options["color"], options.get("linestyle", "-")): args[0] for axis, args, options in drawn["axhline"]
-                  if axis == axes[panel]}
-        assert levels == {(pink, "-"): pytest.approx((1.5, 2.5, 0)[panel]), (pink, "--"): (1.68, 0.61, 0)[panel]}
+        assert taus == [0.02, *TAUS] and means[1:] == pytest.approx([ours(tau) for tau in TAUS])
+        papers = [ctl.paper_values("cifar10", "hard", tau)[key] - zero for tau in TAUS]
+        assert curves[panel, orange, "--"][1] == pytest.approx(papers)
+        assert curves[panel, pink, "-"] + curves[panel, pink, "--"] == pytest.approx(level)
     assert curves[2, blue, "--"][0] == sorted({*TAUS, *ctl.PAPER_ACCURACY["cifar10"]})  # more than Table 1 has
     points = {(axes.index(axis), options["color"], args[0]): (args[1], args[2], options["markerfacecolor"])
               for axis, args, options in drawn["errorbar"] if axis in axes}
     assert len(points) == 3 * 9 and points[1, orange, 0.7] == (pytest.approx(1.2), pytest.approx(0.5 ** 0.5), orange)
     assert points[1, orange, 0.3] == (pytest.approx(0.3), None, "white") and points[0, blue, 0.02][2] == "white"
-    labels = {(axes.index(axis), args[2]): (args[:2], options["color"])
-              for axis, args, options in drawn["text"] if axis in axes}
-    assert labels[0, "simple"] == ((1.02, 1.5), pink) and labels[0, "hard"][1] == orange and len(labels) == 9
-    low, high = axes[0].get_ylim()  # the two ends lie on each other: their names don't
-    assert abs(labels[0, "ordinary"][0][1] - labels[0, "hard"][0][1]) == pytest.approx((high - low) / 14)
-    assert all(axis.get_xscale() == "log" and list(axis.get_xticks()) == [0.02, 0.07, 0.3, 1.0] for axis in axes)
-    assert axes[0].get_xlim() == pytest.approx((0.02 / 1.12, 1.12))
+    labels = {args[2]: (*args[:2], options["color"]) for axis, args, options in drawn["text"] if axis == axes[0]}
+    assert labels["simple"] == (1.02, 1.5, pink) and labels["hard"][2] == orange
+    # The two ends lie on each other: their names don't.
+    assert abs(labels["ordinary"][1] - labels["hard"][1]) == pytest.approx(np.ptp(axes[0].get_ylim()) / 14)
+    assert axes[0].get_xlim() == pytest.approx((0.02 / 1.12, 1.12)) and axes[0].get_xscale() == "log"
+    assert list(axes[0].get_xticks()) == [0.02, 0.07, 0.3, 1.0]
 
 
-@pytest.mark.parametrize("uniformity,tolerance,positive,nearest,dilemma,profile", [
-    ((3, 2, 1), (1, 2, 3), (0.6, 0.7, 0.8), (0.5, 0.7, 0.9), "Larger τ: less uniform, more tolerant",
-     "Small τ sets the positive apart"),
-    ((3, 1, 2), (1, 2, 3), (0.6, 0.7, 0.8), (0.7, 0.9, 1.1), "Larger τ: more tolerant",
-     "The positive and the nearest negative"),
-    ((3, 2, 1), (1, 3, 2), (0.6, 0.8, 0.7), (0.5, 0.8, 0.9), "Larger τ: less uniform",
-     "The positive and the nearest negative"),
-    ((3, 2, 1), (3, 2, 1), (0.6, 0.7, 0.8), (0.5, 0.7, 0.9), "From τ = 0.3 to 1: less uniform",
-     "Small τ sets the positive apart"),
-    ((3, 3, 3), (1, 1, 1), (0.6, 0.7, 0.8), (0.5, 0.5, 0.5), "Uniformity, tolerance and accuracy against τ",
-     "The positive and the nearest negative")])
-def test_a_title_says_what_the_records_bear(uniformity, tolerance, positive, nearest, dilemma, profile, drawn):
+@pytest.mark.parametrize("uniformity,tolerance,positive,nearest,title,apart", [
+    ((3, 2, 1), (1, 2, 3), (0.6, 0.7, 0.8), (0.5, 0.7, 0.9), "Larger τ: less uniform, more tolerant", True),
+    ((3, 1, 2), (1, 2, 3), (0.6, 0.7, 0.8), (0.7, 0.9, 1.1), "Larger τ: more tolerant", False),
+    ((3, 2, 1), (1, 3, 2), (0.6, 0.7, 0.8), (0.5, 0.7, 0.9), "From τ = 0.3 to 1: less uniform", True),
+    ((3, 3, 3), (1, 1, 1), (0.6, 0.7, 0.8), (0.5, 0.5, 0.5), "Uniformity, tolerance and accuracy against τ", False)])
+def test_a_title_says_what_the_records_bear(uniformity, tolerance, positive, nearest, title, apart, drawn):
     for tau, u, t, *ends in zip(TAUS[1:], uniformity, tolerance, positive, nearest):
         put("contrastive", tau, 0, {"uniformity": u, "tolerance": t, "profile": ends + [0.1] * 9}, "quick", "waves")
     put("simple", None, 0, None, "quick", "waves")
-    if dilemma.startswith("From"):  # beyond, the verdicts say nothing
+    if title.startswith("From"):  # beyond, the verdicts say nothing
         put("contrastive", 2.0, 0, {"uniformity": 9.0}, "quick", "waves")
     assert cli()[0] == 0
     first, second, _ = drawn["figures"]
-    assert first.get_suptitle() == dilemma and second.get_suptitle() == profile
+    assert first.get_suptitle() == title and second.get_suptitle() == (
+        "Small τ sets the positive apart" if apart else "The positive and the nearest negative")
     assert first.axes[2].get_title() == "\nlinear accuracy, %" and "dashed" not in first.get_supxlabel()
 
 
@@ -750,17 +640,15 @@ def test_figures_8_and_3(drawn):
     assert [taus for taus, _ in curves] == [[0.07, 0.3, 0.7]] * 2
     assert curves[0][1] == pytest.approx([0.135, 0.25, 0.45]) and curves[1][1] == pytest.approx([0.07, 0.3, 0.7])
     assert [args[2] for axis, args, _ in drawn["text"] if axis in profile.axes] == ["positive", "nearest negative"]
-    assert profile.get_supxlabel().startswith("the paper: as τ falls the gap widens")
     curves = [args for axis, args, _ in drawn["plot"] if axis in penalty.axes]
-    assert "Eq. 5" in penalty.axes[0].get_title() and len(curves) == 4
-    for (s, r, _), tau in zip(curves, TAUS):
+    for (s, r, _), tau in zip(curves, TAUS, strict=True):
         assert r == pytest.approx(torch.softmax(torch.tensor(s) / tau, 0).tolist())
         assert -1 <= min(s) < -0.9 < 0.9 < max(s) <= 1
 
 
 def test_a_caller_keeps_his_figures_and_settings(monkeypatch):
-    monkeypatch.setattr(report, "draw", DRAW)
     import matplotlib
+    monkeypatch.setattr(report, "draw", DRAW)
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # a user's own; there need be no TeX
     monkeypatch.setitem(matplotlib.rcParams, "figure.facecolor", "black")
     before, loaded = dict.copy(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
@@ -768,19 +656,18 @@ def test_a_caller_keeps_his_figures_and_settings(monkeypatch):
         put("contrastive", tau)
     assert cli()[0] == 0 and dict.copy(matplotlib.rcParams) == before and ("matplotlib.pyplot" in sys.modules) == loaded
     first = files("results")
-    figures = sorted(path for path in first if path.suffix in (".png", ".svg"))
-    assert [path.stem for path in figures[::2]] == ["cifar10-v1-dilemma", "cifar10-v1-profile", "penalty"]
-    for path in figures[::2]:
-        with Image.open(path) as image:
-            assert image.width == 1275 and image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
-    for path in figures:
-        path.unlink()
+    for name in ("penalty", "cifar10-v1-profile", "cifar10-v1-dilemma"):
+        path = Path("results/mini", f"{name}.png")
+        image = Image.open(io.BytesIO(first[path])).convert("RGB")
+        assert image.width == 1275 and image.getpixel((2, 2)) == (255, 255, 255)
+        if "dilemma" not in name:
+            path.unlink()
+            path.with_suffix(".svg").unlink()
+    monkeypatch.setattr(report, "draw_dilemma", lambda *given: None)  # the slowest
     assert cli()[0] == 0 and files("results") == first
 
 
 # ------------------------------------------------------------------------------------------------------- speed.py
-
-
 def smoke(**given):
     return ctl.make_config("smoke", device="cpu", **given)
 
@@ -789,14 +676,12 @@ def smoke(**given):
 def takes(monkeypatch):
     """takes(owner, name, seconds): by speed.py's clock a call of owner.name takes that long, or an iterator's next."""
     now = [0.0]
-    monkeypatch.setattr(speed, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(speed, "time", mock.Mock(perf_counter=lambda: now[0]))
 
     def slow_down(owner, name, seconds):
-        original = getattr(owner, name)
-
-        def slow(*arguments, **options):
-            now[0] += seconds if isinstance(seconds, (int, float)) else next(seconds)
-            return original(*arguments, **options)
+        def slow(*arguments, do=getattr(owner, name), **options):
+            now[0] += next(seconds) if hasattr(seconds, "__next__") else seconds
+            return do(*arguments, **options)
         monkeypatch.setattr(owner, name, slow)
     return slow_down
 
@@ -813,8 +698,8 @@ def test_each_part_of_the_step_has_its_own_time(loss, takes):
     assert f["step_ms"] == 63e3 and f["network_ms"] == 10e3 and f["step_over_network"] == 6.3
     # 100 images in batches of 16: 7 steps an epoch, 3 epochs.
     assert f["images_per_second"] == pytest.approx(16 / 63) and f["training_hours"] == pytest.approx(63 * 7 * 3 / 3600)
-    # By hand, two operations a multiply-add: the stem; four stages of four 3x3 convolutions, from the second on the
-    # first from half as many channels, with a 1x1 around it; the head. Backward is twice forward, but for the images.
+    # By hand, two operations a multiply-add; from the second stage on the first convolution has half as many channels,
+    # and a 1x1 around it. Backward is twice forward, but for the images.
     stem, head, stages = 3 * 4 * 9 * 32 ** 2, 32 * 16, 4 * 4 * 4 * 9 * 32 ** 2
     stages += sum((3.5 * 9 + 0.5) * c * c * s * s for c, s in ((8, 16), (16, 8), (32, 4)))
     assert f["network_gflop"] == pytest.approx(2 * 16 * (3 * (stem + stages + head) - stem) / 1e9, rel=1e-6)
@@ -830,12 +715,6 @@ def test_medians_of_the_steps_after_the_warm_up_that_fit_into_the_time(takes):
     assert speed.measure_step(smoke(), images(), seconds=100)["rounds"] == 9 - 2  # 12 seconds a round
 
 
-def test_the_network_alone_adds_no_gradients_up():
-    model, views = ctl.make_model(smoke(), torch.device("cpu"))[0], torch.randn(4, 3, 32, 32)
-    gradients = [(speed.network_alone(model, views), model.head.weight.grad.clone())[1] for _ in range(2)]
-    torch.testing.assert_close(*gradients)
-
-
 def test_the_step_as_one_graph(takes, monkeypatch):
     """In each round 50 steps in a row, then the launch of one; warm-up and capture come first."""
     def graphed(model, bank, optimiser, images, index, drawn, config):
@@ -849,10 +728,9 @@ def test_the_step_as_one_graph(takes, monkeypatch):
     takes(ctl, "draw_augmentation", iter(sum(rounds, [900] * 4) + [8] * 99))
     takes(ctl.ResNet18, "features", 0.5)
     f = speed.measure_step(smoke(size=24, flip=False), images()[..., :24, :24], seconds=0)
-    assert f["graph_ms"] == 2e3 and f["host_ms"] == 3e3 and f["step_ms"] == 8.5e3
-    assert f["network_ms"] == 500 and f["step_over_network"] == 17
+    assert [f[f"{of}_ms"] for of in ("graph", "host", "step", "network")] == [2e3, 3e3, 8.5e3, 500]
     assert f["images_per_second"] == 8 and f["training_hours"] == pytest.approx(2 * 7 * 3 / 3600)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock())
     takes(torch.cuda, "synchronize", 5)
     assert -speed.now(torch.device("cpu")) + speed.now(torch.device("cuda")) == 5e3  # a GPU is waited for
 
@@ -869,8 +747,7 @@ def test_the_least_that_the_step_takes(takes, monkeypatch):
         takes(torch.Tensor, name, iter(seconds))
     product, copy = 2 ** 33 / 1e9, 2 ** 25 / 1e9
     f = speed.measure_limit({"network_gflop": 3, "step_gbyte": 5}, torch.device("cpu"), bfloat16=True)
-    assert f == pytest.approx({"matrix_product_gflops": product, "copy_gbyte_per_second": copy,
-                               "limit_arithmetic_ms": 3000 / product, "limit_memory_ms": 5000 / copy})
+    assert list(f.values()) == pytest.approx([product, copy, 3000 / product, 5000 / copy])
 
 
 @pytest.mark.parametrize("size, flip", [(32, True), (24, False)])
@@ -885,8 +762,7 @@ def test_augmentation_beside_torchvisions(size, flip, takes, monkeypatch):
     torch.set_num_threads(2)
     f = speed.measure_augmentation(smoke(size=size, flip=flip), images(16)[..., :size, :size], torch.device("cpu"))
     assert f == {"batched_images_per_second": 16, "pil_images_per_second": 4, "pil_over_batched": 4}
-    one_by_one = ("RGB", (size, size), 0.5 * flip, 1)
-    assert seen == 6 * [(size, flip), *16 * [one_by_one]] and torch.get_num_threads() == 2
+    assert seen == 6 * [(size, flip), *16 * [("RGB", (size, size), 0.5 * flip, 1)]] and torch.get_num_threads() == 2
 
 
 def test_the_time_of_evaluation(takes, monkeypatch):
@@ -898,88 +774,76 @@ def test_the_time_of_evaluation(takes, monkeypatch):
         "uniformity_and_tolerance_of_10000_ms": 3000, "probe_seconds": 400}  # of 100 epochs
     (z, _), (same, labels, _), (h, y, _, _, settings) = seen
     assert z is same and z.shape == (10_000, 16) and torch.allclose(z.norm(dim=1), torch.ones(10_000))
-    assert labels.bincount().tolist() == [1000] * 10 and h.shape == (2, 100, 32) and y.shape == (100,)
-    assert settings == {"epochs": 1, "lr": 0.3}
+    assert len(labels) == 10_000 and h.shape == (2, len(y), 32) == (2, 100, 32) and settings == {"epochs": 1, "lr": 0.3}
 
 
 def test_the_json_is_what_the_report_reads_and_the_table_has_every_figure(monkeypatch, folder, capfd):
     given = dict(tau=0.3, subset=50, batch_size=20, precision="float32", dataset="a/tiny")
-    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     torch.set_num_threads(2)
-    monkeypatch.setattr(speed, "measure_augmentation", lambda config, host, device, measure=speed.measure_augmentation:
-                        {**measure(config, host, device), "augmented": len(host)})
+    monkeypatch.setattr(speed, "measure_augmentation", lambda config, host, *more, measure=speed.measure_augmentation:
+                        {**measure(config, host, *more), "augmented": len(host)})
     status, out, err = cli("--preset", "smoke", "--device", "cpu", "--threads", "1", "--json", *flags, main=speed.main)
     assert status == 0 and err == capfd.readouterr().err == "" and not list(folder.iterdir())
     f, old = json.loads(out), json.loads((HOME / "profile/mini.json").read_text())
-    new = "augmented graph_ms host_ms step_gbyte copy_gbyte_per_second limit_arithmetic_ms limit_memory_ms"
-    assert set(f) == {*old, *new.split()} and f["graph_ms"] is f["host_ms"] is None
-    assert list(f["parts_ms"]) == list(old["parts_ms"]) == PARTS and min(f["parts_ms"].values()) > 0
+    assert set(f) > set(old) and list(f["parts_ms"]) == PARTS and min(f["parts_ms"].values()) > 0
+    assert f["graph_ms"] is f["host_ms"] is f["limit_memory_ms"] is f["limit_arithmetic_ms"] is None
     assert f["config"] == ctl.as_json(smoke(**{**given, "dataset": "tiny"}).recorded()) and f["train_images"] == 50
-    assert f["environment"]["threads"] == 1 and f["environment"]["graph"] is False
-    assert f["augmented"] == 20 and f["images_per_second"] == 20_000 / f["step_ms"]
-    assert f["limit_memory_ms"] is f["limit_arithmetic_ms"] is None and 0.01 < f["step_gbyte"] < 1
-    assert f["step_ms"] == pytest.approx(sum(f["parts_ms"].values()), rel=0.5)
+    assert f["environment"]["threads"] == 1 and f["environment"]["graph"] is False and f["augmented"] == 20
+    assert f["images_per_second"] == 20_000 / f["step_ms"] and 0.01 < f["step_gbyte"] < 1
     assert 100 < f["peak_memory_mib"] < 24_000 and f["matrix_product_gflops"] > f["network_gflops"] / 100
 
     monkeypatch.setattr(speed, "measure", lambda config: f)
     status, out, err = cli("--preset", "smoke", main=speed.main)
-    assert status == 0 and err == "" and "smoke" in out and "tiny" in out
-    assert f"ms{100 * f['parts_ms']['forward'] / f['step_ms']:8.1f} %" in out
+    assert "smoke" in out and "tiny" in out and f"ms{100 * f['parts_ms']['forward'] / f['step_ms']:8.1f} %" in out
     for name, value in {**f["parts_ms"], **f}.items():
         assert not isinstance(value, (int, float)) or re.search(rf"{name.replace('_', ' ')} +{value:.2f}", out), name
     monkeypatch.setattr(speed, "measure", lambda config: {"preset": config.preset})
     status, out, err = cli("--json", "--device", "cpu", main=speed.main)
-    assert status == 0 and json.loads(out) == {"preset": "mini"} and "no preset given" in err
+    assert json.loads(out) == {"preset": "mini"} and "no preset given" in err
 
 
-@pytest.mark.parametrize("line,word", [
-    ("--no-force", "--force"), ("--eval-every 3", "--eval-every"), ("--out x", "--out"), ("--js", "--js"),
-    ("--tau 0", "tau"), ("--dataset nowhere", "nowhere"), ("--lr 1e9", "NaN")])
-def test_bad_use_of_speed_is_one_line(line, word, folder):
-    status, out, err = cli("--preset", "smoke", "--device", "cpu", *line.split(), main=speed.main)
-    assert status == (1 if word == "NaN" else 2) and out == "" and not list(folder.iterdir())
-    assert err.count("\n") == 1 and word in err
+def test_bad_use_of_speed_is_one_line(folder):
+    for line, word in (("--no-force", "--force"), ("--eval-every 3", "--eval-every"), ("--out x", "--out"),
+                       ("--js", "--js"), ("--tau 0", "tau"), ("--dataset nowhere", "nowhere"), ("--lr 1e9", "NaN")):
+        status, out, err = cli("--preset", "smoke", "--device", "cpu", *line.split(), main=speed.main)
+        assert status == (1 if word == "NaN" else 2) and out == "" and err.count("\n") == 1 and word in err
+    assert not list(folder.iterdir())
 
 
-def test_the_scripts_start_in_a_strange_environment():
-    """A notebook's backend, a user's matplotlibrc, a terminal without τ, no docstrings; from another folder."""
+def test_the_scripts_start_in_a_strange_environment(monkeypatch):
+    """A notebook's backend, a user's matplotlibrc, a terminal without τ; from another folder. Without docstrings."""
     put("simple")
     Path("matplotlibrc").write_text("text.usetex: True\n")
-    strange = {"MPLBACKEND": "nonsense", "PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}
-    reported, measured = (start(sys.executable, HOME / script, *more, **strange)
-                          for script, *more in (["report.py", "--out", "results"], ["speed.py", "--out", "x"]))
-    status, out, err = end(reported)
-    assert status == 0 and err == "" and "| simple |" in out
-    assert Path("results/mini/penalty.svg").stat().st_size > 1000 and text("TABLE.md")
-    status, out, err = end(measured)
-    assert status == 2 and out == "" and re.fullmatch(r"speed\.py: .*--out.*\n", err)
+    both = "import runpy, sys\nfor sys.argv in (['speed', '--out', 'x'], ['report', '--out', 'results']):\n"
+    both += f"    try: runpy.run_path(f'{HOME}/{{sys.argv[0]}}.py', run_name='__main__')\n    except SystemExit: pass"
+    status, out, err = end(start(sys.executable, "-c", both, MPLBACKEND="nonsense", PYTHONIOENCODING="ascii"))
+    assert status == 0 and "| simple |" in out and re.fullmatch(r"speed\.py: .*--out.*\n", err)
+    assert Path("results/mini/penalty.svg").stat().st_size > 1000 and TABLE.read_text()
+    for module in (report, speed):
+        monkeypatch.setattr(module, "__doc__", None)
+    assert cli()[0] == 0 and cli("--help", main=speed.main)[0] == 0
 
 
 # --------------------------------------------------------------------------------------------------- reproduce.sh
-
 STUB = """#!/bin/sh
 words=$(printf '%s|' "$@")
-case "$1 ${MALLOC_TOP_PAD_:-} ${MALLOC_MMAP_THRESHOLD_:-} ${MALLOC_TRIM_THRESHOLD_:-}" in
-    "ctl.py 134217728 1073741824 4294967296") ;;
-    ctl.py*) words="without glibc's settings|$words" ;;
-esac
+glibc="${MALLOC_TOP_PAD_:-} ${MALLOC_MMAP_THRESHOLD_:-} ${MALLOC_TRIM_THRESHOLD_:-}"
+[ "$1" = ctl.py ] && [ "$glibc" != "134217728 1073741824 4294967296" ] && words="without glibc's settings|$words"
 case "$*" in
-    "-c " | "-m pip --version" | "-c import torch") ;;
+    "-c " | "-m pip --version" | "-c import torch") exit 0 ;;
     "-m pip install"*) echo begin >> installs; sleep 0.2; echo end >> installs; exit "${PIP:-0}" ;;
-    *device_count*) echo "${GPUS:-0}" ;;
+    *device_count*) echo "${GPUS:-0}"; exit 0 ;;
     *load_dataset*)
         if [ "${HAVE:-}" = "to wait" ]; then echo "$words" >> asked; sleep 60; fi
-        case " ${HAVE:-} " in *" $3 "*) ;; *) echo "left out: cannot download $3 into $4" >&2; exit 2 ;; esac ;;
-    *)
-        echo "$words" >> asked
-        case "$*" in *"${WAIT:-no cell}"*)
-            for i in $(seq 600); do if [ ! -e go ]; then echo "$i" >> beats; sleep 0.1; fi; done ;;
-        esac
-        case "$*" in
-            *"${FAIL:-no cell}"*) printf '%s\\n' one two three four five six; exit 1 ;;
-            *"${BUSY:-no cell}"*) exit 3 ;;
-            *"${THERE:-no cell}"*) echo "x.json is there already" ;;
-        esac ;;
+        case " ${HAVE:-} " in *" $3 "*) exit 0 ;; *) echo "left out: cannot download $3 into $4" >&2; exit 2 ;; esac ;;
+esac
+echo "$words" >> asked
+case "$*" in *"${WAIT:-no cell}"*) for i in $(seq 600); do [ -e go ] || { echo >> beats; sleep 0.1; }; done ;; esac
+case "$*" in
+    *"${FAIL:-no cell}"*) printf '%s\\n' one two three four five six; exit 1 ;;
+    *"${BUSY:-no cell}"*) exit 3 ;;
+    *"${THERE:-no cell}"*) echo "x.json is there already" ;;
 esac
 """
 WAVES = ("--preset", "smoke", "--seeds", "1")
@@ -1023,14 +887,18 @@ def reproduce(*options, **env):
     return end(start("bash", "reproduce.sh", *options, **env))
 
 
+def stopped(words, *options, **env):
+    """It says in one line what is wrong, and runs nothing."""
+    status, out, err = reproduce(*options, **env)
+    assert (status, out) == (2, "") and err.count("\n") == 1 and words in err and not asked()
+
+
 def plan(*options, **env):
-    """The commands of a dry run, word by word."""
-    _, out, _ = reproduce(*options, **env) if "--" in options else reproduce(*options, "--dry-run", **env)
-    return [shlex.split(line)[1:] for line in out.splitlines() if line.startswith(".venv/bin/python ctl.py")]
+    lines = reproduce("--dry-run", *options, **env)[1].splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith(".venv/bin/python ctl.py")]
 
 
 def asked(what=""):
-    """The commands that the stub noted, word by word."""
     lines = Path("asked").read_text().splitlines() if Path("asked").exists() else []
     return [line.split("|")[:-1] for line in lines if line.startswith(what)]
 
@@ -1042,9 +910,8 @@ def of(word, commands):
 def held(n, *options, **env):
     """A table of which n cells have begun; those with the words WAIT in their command last until `go` is there."""
     table = start("bash", "reproduce.sh", *options, **{"WAIT": "--loss", **env})
-    for _ in range(3000):
-        if len(asked("ctl.py")) < n:
-            time.sleep(0.01)
+    while table.poll() is None and len(asked("ctl.py")) < n:
+        time.sleep(0.01)
     return table
 
 
@@ -1054,25 +921,20 @@ def test_the_plan_without_a_gpu(house):
     assert status == 0 and err == "" and not asked() and files() == before
     assert "90 cells of preset mini on cifar10 cifar100 svhn, 3 seed(s)" in out and "0 GPU(s)" in out
     whole = [" ".join(words) for words in plan()]
-    assert len(set(whole)) == 90 and all("--seed 0 " in line for line in whole[:30])  # one seed of everything first
-    assert all(line.endswith("--device cpu --threads 1") for line in whole)
-    for loss, tau in ctl.PAPER["cifar10"]:
-        for name in ("cifar10", "cifar100", "svhn"):
-            cell = f" --loss {loss} {f'--tau {tau} ' if tau else ''}--seed 2 --dataset {name} "
-            assert sum(cell in line for line in whole) == 1, cell
+    assert len(set(whole)) == 90 and all(line.endswith("--device cpu --threads 1") for line in whole)
+    assert all("--seed 0 " in line for line in whole[:30])  # one seed of everything first
+    for (loss, tau), name in itertools.product(ctl.PAPER["cifar10"], ("cifar10", "cifar100", "svhn")):
+        cell = f" --loss {loss} {f'--tau {tau} ' if tau else ''}--seed 2 --dataset {name} "
+        assert sum(cell in line for line in whole) == 1, cell
     quick = [" ".join(words).split(" --seed ")[0].split(" --loss ")[1] for words in plan("quick")]
     published = {re.sub("_seed.*", "", path.name) for path in Path(HOME, "quick").rglob("*_seed*.json")}
     assert {cell.replace(" --tau ", "_tau") for cell in quick} == published and len(quick) == 7
-    assert of("--dataset", plan("quick")) == ["waves"] * 7 and len(plan("quick", SEEDS="2")) == 14
-    narrow = plan("--preset", "narrow", "--losses", "simple", "--dry-run", "--", SEEDS="1")
+    assert of("--dataset", plan("quick", SEEDS="2")) == ["waves"] * 14
+    narrow = plan("--preset", "narrow", "--losses", "simple", "--", SEEDS="1")
     assert of("--preset", narrow) == ["narrow"] * 3 and narrow[0][-1] == "1"
     assert "not the paper" in out and "not the paper" not in reproduce("--dry-run", "--preset", "paper")[1]
-    text = reproduce("--help")[1]
-    assert text.startswith("Sets up") and text.endswith("3.10 or later).\n") and "#" not in text
-
-
-def test_the_minutes_of_the_plan(house):
-    """A cell's minutes times the cells that follow each other: 45 of 90, 23 of 90, 4 of 7; 5 of 10 on two GPUs."""
+    assert re.fullmatch(r"Sets up[^#]*3\.10 or later\)\.\n", reproduce("--help")[1])
+    # A cell's minutes times the cells that follow each other: 45 of 90, 23 of 90, 4 of 7; 5 of 10 on two GPUs.
     for line, words in {"JOBS=2 bash reproduce.sh": "11 h 15 min", "JOBS=4 bash reproduce.sh": "5 h 45 min",
                         "JOBS=2 bash reproduce.sh quick": "0 h 8 min",
                         "JOBS=9 bash reproduce.sh --preset narrow --losses simple": "2 h 0 min",
@@ -1086,9 +948,8 @@ def test_runs_at_once_as_asked_for_and_on_the_gpu_that_is_free(house):
         table = held(n, "quick", *options, **env)
         time.sleep(0.5)
         assert len(asked("ctl.py")) == n
-        Path("go").touch()
-        assert end(table)[0] == 0
-        Path("go").unlink()
+        table.terminate()
+        end(table)
         Path("asked").unlink()
     line = ("--datasets", "svhn", "--seeds", "1")
     whole = plan(*line, GPUS="2")
@@ -1101,33 +962,24 @@ def test_runs_at_once_as_asked_for_and_on_the_gpu_that_is_free(house):
     assert sorted(words[:-1] for words in asked("ctl.py")) == sorted(words[:-1] for words in whole)
 
 
-# The indices of `--array=…`; whether they have gaps.
-ARRAYS = {"0-2": ([0, 1, 2], False), "3-6": ([3, 4, 5, 6], False), "5": ([5], False), "0-11": ([*range(12)], False),
-          "0-4:2": ([0, 2, 4], True), "1-3,5": ([1, 2, 3, 5], True), "0-2:2,3,6": ([0, 2, 3, 6], True)}
-
-
 def tasks(array):
     told = dict(COUNT=len(array), MIN=array[0], MAX=array[-1])
     return [{f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in {**told, "ID": i}.items()} for i in array]
 
 
-@pytest.mark.parametrize("array", ARRAYS)
-def test_slurm_arrays_have_disjoint_shares_that_cover_all_cells_or_each_task_refuses(array, house):
-    indices, gaps = ARRAYS[array]
-    for task in (*tasks(indices), {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "1"}) if gaps else ():
-        status, out, err = reproduce("quick", **task)
-        assert status == 2 and out == "" and err.count("\n") == 1 and "--array=0-7" in err and not asked()
-    if not gaps:
-        shares = [plan("quick", **task) for task in tasks(indices)]
+def test_slurm_arrays_have_disjoint_shares_that_cover_all_cells_or_each_task_refuses(house):
+    for array in ([0, 2, 4], [1, 2, 3, 5], [0, 2, 3, 6]):  # 0-4:2, 1-3,5 and 0-2:2,3,6
+        for task in (tasks(array)[0], tasks(array)[-1], {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "1"}):
+            stopped("--array=0-7", "quick", **task)
+    for array in (range(3), range(3, 7), range(5, 6), range(9)):
+        shares = [plan("quick", **task) for task in tasks(array)]
         assert sorted(sum(shares, [])) == sorted(plan("quick")) and max(map(len, shares)) - min(map(len, shares)) <= 1
-    if array == "0-11":
-        assert reproduce("quick", **tasks(indices)[0])[0] == 0 and not asked()  # of seven cells no share, and no report
+    assert reproduce("quick", **tasks(array)[0])[0] == 0 and not asked()  # of seven cells no share, and no report
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity")
 def test_the_cores_that_this_job_may_use(house):
-    def at_once(**env):
-        return int(re.search(r"(\d+) at once", reproduce("--dry-run", **env)[1])[1])
+    at_once = lambda **env: int(re.search(r"(\d+) at once", reproduce("--dry-run", **env)[1])[1])
     cores = sorted(os.sched_getaffinity(0))
     assert at_once() == at_once(OMP_NUM_THREADS="77") == len(cores)
     assert at_once(SLURM_CPUS_PER_TASK="5") == 5 and at_once(JOBS="4") == 4
@@ -1144,17 +996,17 @@ def test_the_cores_that_this_job_may_use(house):
 
 def test_words_with_spaces_stay_whole(house):
     Path("My Drive/imgs").mkdir(parents=True)
-    line = (*WAVES, "--losses", "simple", "--datasets", "My Drive/imgs", "--out", "my res", "--data", "my data")
-    more = ("--", "--width", "x $y'z", "--lr", "1")
-    status, out, err = reproduce(*line, *more)
+    line = (*WAVES, "--losses", "simple", "--datasets", "My Drive/imgs", "--out", "my res", "--data", "my data",
+            "--", "--width", "x $y'z", "--lr", "1")
+    status, out, err = reproduce(*line)
     assert status == 0 and err == "" and asked() == [
         ["ctl.py", "--preset", "smoke", "--data", "my data", "--out", "my res", "--loss", "simple", "--seed", "0",
-         "--dataset", "My Drive/imgs", "--device", "cpu", "--threads", "1", *more[1:]],
+         "--dataset", "My Drive/imgs", "--device", "cpu", "--threads", "1", *line[-4:]],
         ["results/report.py", "--out", "my res", "--preset", "smoke"]]
-    assert plan(*line, "--dry-run", *more) == asked("ctl.py")
-    watch = shlex.split(re.search("start simple, seed 0: (.*)", out)[1])
-    assert watch == ["tail", "-f", "my res/logs/smoke/loss_simple_seed_0_dataset_My_Drive_imgs_width_x_y_z_lr_1.log"]
-    assert os.listdir("my res/logs/smoke") == [Path(watch[-1]).name]
+    assert plan(*line) == asked("ctl.py")
+    log = "loss_simple_seed_0_dataset_My_Drive_imgs_width_x_y_z_lr_1.log"
+    assert shlex.split(re.search("start simple, seed 0: (.*)", out)[1]) == ["tail", "-f", f"my res/logs/smoke/{log}"]
+    assert os.listdir("my res/logs/smoke") == [log]
     assert f"{house}/My Drive/imgs" in plan("--datasets", "~/imgs", HOME=f"{house}/My Drive")[0]
 
 
@@ -1163,7 +1015,7 @@ def test_any_shell_link_and_folder_lead_home(house, tmp_path_factory, monkeypatc
     (away / "link").symlink_to(house / "reproduce.sh")
     shutil.copy(house / "reproduce.sh", away / "slurm_script")  # Slurm runs a copy
     monkeypatch.setenv("CDPATH", str(away))
-    for line in ("bash link", f"sh {house}/reproduce.sh", "bash --posix link", "env POSIXLY_CORRECT=1 bash link",
+    for line in ("bash link", f"sh {house}/reproduce.sh", "env POSIXLY_CORRECT=1 bash link",
                  f"env SLURM_SUBMIT_DIR={house} bash slurm_script"):
         status, out, err = end(start(*line.split(), "--dry-run", *WAVES, cwd=away))
         assert status == 0 and err == "" and out.count("ctl.py") == 10, err
@@ -1171,24 +1023,14 @@ def test_any_shell_link_and_folder_lead_home(house, tmp_path_factory, monkeypatc
     assert status == 2 and err.count("\n") == 1 and "ctl.py" in err and len(list(away.iterdir())) == 2
 
 
-def test_a_service_without_a_home_whose_python_leaves_out_its_folder(house):
-    Path("ctl.py").write_text("load_dataset = print\n"
-                              "def exit_status(*given): return given[1:] != (load_dataset, 'cifar100', 'd')\n")
-    script(".venv/bin/python", f"""#!/bin/sh
-        case "$*" in *load_dataset*) exec "{sys.executable}" "$@" ;; *device_count*) echo 0 ;; esac""")
-    status, out, err = end(start(*"env -u HOME PYTHONSAFEPATH=1 bash reproduce.sh --data d".split()))
-    assert status == 0 and err == "" and "30 cells of preset mini on cifar100, " in out
-
-
 def test_without_a_venv_one_is_made_unless_the_run_is_dry(house):
     shutil.rmtree(".venv")
     script("python", f"""#!/bin/sh
-        case "$1" in -c) exec "{sys.executable}" -c "import sys; sys.version_info = (3, $MINOR); $2" ;; esac
+        [ "$1" != -c ] || exec "{sys.executable}" -c "import sys; sys.version_info = (3, $MINOR); $2"
         echo "$*"; exit 7""")
     script("nvidia-smi", "#!/bin/sh\necho GPU 0\necho GPU 1\n")
     for python in ("/none", "./python"):
-        status, out, err = reproduce("test", PYTHON=python, MINOR="9")
-        assert status == 2 and out == "" and err.count("\n") == 1 and f"{python} does not run, or is older" in err
+        stopped(f"{python} does not run, or is older", "test", PYTHON=python, MINOR="9")
     assert reproduce("test", PYTHON="./python", MINOR="10") == (7, "-m venv .venv\n", "")
     before = files()
     status, out, err = reproduce("--dry-run", PYTHON="./python", MINOR="10", PATH=f"{house}:{os.environ['PATH']}")
@@ -1201,17 +1043,17 @@ def test_a_venv_that_is_there_is_never_cleared(house):
     Path(".venv/installed.txt").write_text("of another commit")
     script("python", '#!/bin/sh\nif [ "$2" = venv ]; then mkdir -p nowhere; rm -r .venv/*; fi')
     no_pip = """#!/bin/sh
-        echo "$*" >> asked
-        case "$*" in *--version) [ -e pip ] ;; *ensurepip) [ "$MEND" ] && touch pip ;; *torch*) exit 1 ;; esac"""
-    for text, words in (("#!/none", "does not run here"), (no_pip, "has no pip")):
+        case "$*" in *install*) echo "$*" ;; *--version) [ -e pip ] ;; *torch*) exit 1 ;;
+            *ensurepip) [ "$MEND" ] && touch pip ;; esac"""
+    for text, words in (("#!/none", "does not run here: mend it, or move .venv away"),
+                        (no_pip, "has no pip: install pip there, or move .venv away")):
         script(".venv/bin/python", text)
         before = files()
-        status, out, err = reproduce("quick", PYTHON="./python", MEND="")
-        assert status == 2 and out == "" and err.count("\n") == 1 and words in err and "move .venv away" in err
+        stopped(words, "quick", PYTHON="./python", MEND="")
         assert files("of all nodes").items() <= before.items()
     status, out, err = reproduce("test", PYTHON="./python", MEND="yes")
     assert status == 0 and "5.7 GB" in out and "CPU build" in out
-    assert "-m pip install --disable-pip-version-check -r requirements.txt" in Path("asked").read_text().splitlines()
+    assert "\n-m pip install --disable-pip-version-check -r requirements.txt\n" in out
     Path(".venv").unlink()
     Path(".venv").symlink_to("nowhere")
     assert reproduce("quick", PYTHON="./python")[0] == 2 and not Path("nowhere").exists()
@@ -1223,18 +1065,15 @@ def test_two_that_set_up_at_once_do_so_one_after_the_other(house):
     ends = [end(process) for process in [start("bash", "reproduce.sh", "test") for _ in range(2)]]
     assert sorted(ends) == [(0, "", ""), (0, "installing requirements.txt into .venv\n", "")]
     assert Path("installs").read_text().split() == ["begin", "end"] * 2
-    assert Path(".venv/installed.txt").read_text() == Path("requirements.txt").read_text()
 
 
 def test_what_a_table_says(house):
     """A cell that fails stops no other; cells that another process runs are counted; the report follows in any case."""
     status, out, err = reproduce(*TWO, "--jobs", "1", FAIL="simple")
-    first, *lines = out.splitlines()
-    assert status == 1 and first.startswith("plan: 2 cells") and first.endswith("; logs in runs/logs/smoke")
-    assert lines == [f"start simple, seed 0: tail -f {LOGS[0]}", f"start contrastive 0.3, seed 0: tail -f {LOGS[1]}",
-                     "[2/2] done contrastive 0.3, seed 0 (0 min)"]
+    assert status == 1 and out.startswith("plan: 2 cells") and out.endswith(
+        f"; logs in runs/logs/smoke\nstart simple, seed 0: tail -f {LOGS[0]}\nstart contrastive 0.3, seed 0: "
+        f"tail -f {LOGS[1]}\n[2/2] done contrastive 0.3, seed 0 (0 min)\n")
     assert err == f"[1/2] FAILED simple, seed 0 (status 1), the end of {LOGS[0]}:\ntwo\nthree\nfour\nfive\nsix\n"
-    assert len(asked("results/report.py")) == 1
     # It goes on where that broke off, and keeps the log.
     status, out, err = reproduce(*TWO, "--jobs", "1", BUSY="simple", THERE="contrastive")
     assert "\n[1/2] busy simple, seed 0\n" in out and out.endswith("\n[2/2] reused contrastive 0.3, seed 0\n")
@@ -1243,12 +1082,10 @@ def test_what_a_table_says(house):
     assert reproduce(*TWO, BUSY="simple", FAIL="contrastive")[0] == 1
     status, out, err = reproduce(*TWO, FAIL="report.py")
     assert status == 1 and "] done contrastive 0.3, seed 0 (" in out  # not reused any more
-    # Each task of an array counts its own share.
-    shares = [reproduce(*TWO, BUSY="simple", **task) for task in tasks([0, 1])]
-    assert [status for status, _, _ in shares] == [0, 3] and "[1/1] done contrastive" in shares[0][1]
-    assert "[1/1] busy simple" in shares[1][1] and "1 of 1 cells" in shares[1][2]
-    # Two tables at once do not mix; several data sets are named.
-    Path("a/tiny").mkdir(parents=True)
+    (done, out, _), (busy, other, err) = (reproduce(*TWO, BUSY="simple", **task) for task in tasks([0, 1]))
+    assert (done, busy) == (0, 3) and "[1/1] done contrastive" in out and "[1/1] busy simple" in other
+    assert "1 of 1 cells" in err
+    Path("a/tiny").mkdir(parents=True)  # two tables do not mix; several data sets are named
     status, out, err = reproduce(*TWO, "--out", "out/a", "--datasets", "waves a/tiny")
     assert "; logs in out/a/logs/smoke\n" in out and "] done contrastive 0.3, seed 0, a/tiny (" in out
     assert sorted(map(str, files("runs"))) == sorted(LOGS) and not Path("results").exists()
@@ -1263,12 +1100,19 @@ def test_data_sets_that_cannot_be_had(house):
     Path("asked").unlink()
     status, out, err = reproduce()
     assert status == 2 and "plan" not in out and err.count("\n") == 4 and not asked()
-    assert "--datasets FOLDER" in err.splitlines()[-1] and "--datasets waves" in err.splitlines()[-1]
+    assert "take --datasets FOLDER or --datasets waves" in err
     table = start("bash", "reproduce.sh", HAVE="to wait")  # interrupted while it downloads
     while not asked():
         time.sleep(0.01)
     table.send_signal(signal.SIGINT)
     assert end(table)[0] == 130 and len(asked()) == 1
+    # A service without a home, whose Python leaves out its folder.
+    Path("ctl.py").write_text("load_dataset = print\n"
+                              "def exit_status(*given): return given[1:] != (load_dataset, 'cifar100', 'd')\n")
+    script(".venv/bin/python", f"""#!/bin/sh
+        case "$*" in *load_dataset*) exec "{sys.executable}" "$@" ;; *device_count*) echo 0 ;; esac""")
+    status, out, err = end(start(*"env -u HOME PYTHONSAFEPATH=1 bash reproduce.sh --data d".split()))
+    assert status == 0 and err == "" and "30 cells of preset mini on cifar100, " in out
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -1285,12 +1129,11 @@ def test_its_runs_end_with_it(name, house):
 
 
 @pytest.mark.parametrize("options", [
-    ["--seeds", "0"], ["--seeds"], ["--seeds", "x"], ["--jobs", "-1"], ["--jobs", ""], ["--preset", "tiny"], ["--foo"],
-    ["all"], ["--losses", "triple"], ["--losses", " "], ["--datasets", ""], ["--datasets", "a b"], ["--results", "a"],
-    ["--taus", "0.1 $(touch x)"]])
+    "--seeds 0", "--seeds", "--seeds x", "--jobs -1", "--jobs ''", "--preset tiny", "--foo", "all", "--losses triple",
+    "--losses ' '", "--datasets ''", "--datasets 'a b'", "--results a", "--taus '0.1 $(touch x)'"])
 def test_bad_options_of_reproduce(options, house):
-    status, out, err = reproduce(*options)
-    assert status == 2 and err.count("\n") == 1 and out == "" and not asked() and not Path("x").exists()
+    stopped("reproduce.sh: ", *shlex.split(options))
+    assert not Path("x").exists()
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -1303,39 +1146,36 @@ def test_a_clone_runs_with_any_line_ends_and_ignores_what_runs_leave(house):
     Path("a.png").write_bytes(b"looks like text\r\n")
     for line in ("init", "add .", "commit -m a", "clone -c core.autocrlf=true . clone"):
         git(*line.split())
-    for name in ("reproduce.sh", "a.png"):
-        assert Path("clone", name).read_bytes() == Path(name).read_bytes()
+    assert all(Path("clone", name).read_bytes() == Path(name).read_bytes() for name in ("reproduce.sh", "a.png"))
     left = "runs/a data/a .venv/a .venv.lock out/mini/a.pt out/mini/a.lock out/.report.lock results/logs/a"
     assert git("check-ignore", *left.split(), "results/mini/a.json", "results/mini/a.md").split() == left.split()
 
 
 def test_a_table_that_is_killed_goes_on_to_the_same_records(house, capsys):
-    """In earnest: two cells at once, all processes killed soon after the first checkpoint, wherever they are."""
+    """In earnest: all processes are killed soon after the first checkpoint, wherever they are."""
     shutil.copy(ctl.__file__, "ctl.py")
     for i, image in enumerate(images(140)):
         path = Path("my images", "train" if i < 100 else "test", f"class {i % 2}", f"{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    Path("driver.py").write_text("import os, sys, ctl\nopen(f'pid {os.getpid()}', 'w').close()\n"
+    Path("driver.py").write_text("import os, sys, ctl\nopen('pid', 'w').write(str(os.getpid()))\n"
                                  "ctl.CHECKPOINT_SECONDS = 0\nsys.exit(ctl.main())\n")
     script(".venv/bin/python", f"""#!/bin/sh
         case "$*" in *device_count*) echo 0 ;; ctl.py*) shift; exec "{sys.executable}" driver.py "$@" ;; esac""")
-    line = ["bash", "reproduce.sh", *TWO, "--datasets", "my images", "--jobs", "2", "--", "--epochs", "4"]
+    line = ["bash", "reproduce.sh", *TWO, "--losses", "contrastive", "--datasets", "my images", "--", "--epochs", "4"]
     table = start(*line)
     while table.poll() is None and not list(Path("runs/smoke").rglob("*.pt")):
         time.sleep(0.005)
     time.sleep(time.time() % 0.3)
     assert table.poll() is None
-    subprocess.run(["kill", "-KILL", str(table.pid), *(path.name.split()[1] for path in Path().glob("pid *"))])
+    subprocess.run(["kill", "-KILL", str(table.pid), Path("pid").read_text()])
     table.communicate()
     status, out, err = end(start(*line))
     assert status == 0 and err == "", err
     assert any("going on from" in log.read_text() for log in Path("runs/logs").rglob("*.log"))
     config = ctl.make_config("smoke", tau=0.3, epochs=4, threads=1, dataset="my images", out="whole")
     whole = ctl.train(config)
-    records = [ctl.read_record(path) for path in sorted(Path("runs/smoke").rglob("*.json"))]
-    assert len(records) == 2
-    assert {**records[0], "timing": 0, "environment": 0} == {**whole, "timing": 0, "environment": 0}
-    assert not [path for path in Path().rglob("*") if path.name.endswith(".tmp")]
+    record, = map(ctl.read_record, Path("runs/smoke").rglob("*.json"))
+    assert {**record, "timing": 0, "environment": 0} == {**whole, "timing": 0, "environment": 0}
     ctl.train(config)
-    assert "is there already" in capsys.readouterr().out  # by which reproduce.sh knows it
+    assert "is there already" in capsys.readouterr().out and not list(Path().rglob("*.tmp"))  # so reproduce.sh knows it
