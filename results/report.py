@@ -182,7 +182,6 @@ def ladder(runs: list[Run]) -> str:
 # Where the paper gives no number for its words, these do: "competitive" is at most 1 point of accuracy worse, "much
 # worse" more than 2 (the authors' one repeated setting has a standard deviation of 0.30); "flat", and "nothing useful",
 # are at most a quarter of the ordinary loss's range or gain.
-
 HOLDS, FAILS, NOT_RUN = "holds in the one seed", "fails in the one seed", "not run"
 RULES = "In brackets: 95 % intervals. results/README.md says how a verdict is found, and what it leaves out.\n"
 
@@ -327,9 +326,6 @@ def effects(runs: list[Run]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- what a report says
-MACHINE = ("cpu", "device", "ONEDNN_MAX_CPU_ISA", "threads", "torch")  # where these agree, digits do
-
-
 def promised(runs: list[Run]) -> str:
     """What `quick` is there to show: rows of numbers that grow (1) or fall (-1) in each step."""
     lines = []
@@ -361,7 +357,8 @@ def against_published(runs: list[Run], out: Path) -> str:
         most[key] = max(abs((a or 0.0) - (b or 0.0)) for ours, theirs in others  # null counts as 0
                         for a, b in zip(numbers(ours["final"][key]), numbers(theirs["final"][key])))
     metrics = ", ".join(f"{key} by {far:.2g}" for key, far in most.items() if far) or "no metric"
-    here, there = ("; ".join(sorted({", ".join(f"{key} {pair[side]['environment'].get(key, '?')}" for key in MACHINE)
+    machine = ("cpu", "device", "ONEDNN_MAX_CPU_ISA", "threads", "torch")  # where these agree, digits do
+    here, there = ("; ".join(sorted({", ".join(f"{key} {pair[side]['environment'].get(key, '?')}" for key in machine)
                                      for pair in others})) for side in (0, 1))
     same = all(ours[key] == theirs[key] for ours, theirs in others for key in ("config", "data_sha256"))
     reason = "another kind of CPU, or another torch, rounds otherwise, and training amplifies that"
