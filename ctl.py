@@ -83,7 +83,7 @@ progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a term
 
 # ── 1  LOSS ───────────────────────────────────────────────────────────────────────────── paper, section 3, Eqs. 1-9 ──
 #
-# Everything here is a function of s_ij = f(x_i)·g(x_j), the similarity of anchor i with training image j.
+# Everything here is a function of s_ij = f(x_i)·g(x_j): embedding of anchor i times bank row of image j.
 # With d_ij = s_ij - s_ii, how far j is ahead of anchor i's own image, the paper's losses are three ways to
 # take the "typical" d of a row, from the hardest negative alone to all of them alike:
 #
@@ -131,7 +131,7 @@ def triplet_loss(similarity: Tensor, positive: Tensor) -> Tensor:
 
 
 def ahead(similarity: Tensor, positive: Tensor, tau: float | Tensor = 1.0, k: int | None = None) -> Tensor:
-    """d_ij = s_ij - s_ii, (B, N); with k, of the positive and its k nearest negatives. tau is checked only."""
+    """d_ij = s_ij - s_ii, (B, N); with k (B, k + 1): the positive, then k nearest negatives. tau is only checked."""
     similarity, s_ii = check_similarity(similarity, positive, tau, k)
     if k is not None:
         similarity = torch.cat([s_ii, nearest_negatives(similarity, positive, k)[0]], dim=1)
@@ -159,7 +159,7 @@ def relative_penalty(similarity: Tensor, positive: Tensor, tau: float | Tensor, 
 
 
 def nearest_negatives(similarity: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest negatives of each anchor, those with s_ij >= s_alpha of Eq. 8: similarities and columns,
+    """The k nearest negatives of each anchor, above the quantile of Eq. 8: similarities and columns,
     (B, min(k, N - 1)) both, in any order."""
     # The positive is never among them. (The authors' code takes the nearest of all, normally with the positive.)
     others = similarity.scatter(1, positive[:, None], -torch.inf)
@@ -193,7 +193,6 @@ def check_similarity(similarity: Tensor, positive: Tensor, tau=1.0, k=None) -> t
 # ── 2  METRICS ─────────────────────────────────────────────────────── paper, sections 4 and 5.1, Eqs. 10-11, Fig. 8 ──
 #
 # z: (n, dim) unit vectors, what the loss sees. h: (n, d) features, what the linear probe sees. y: labels, (n,).
-# Vectors or labels that do not fit raise ValueError.
 
 ROWS = 256  # functions over all pairs work on this many rows at a time; nothing is subsampled
 
@@ -259,7 +258,7 @@ def similarity_profile(z: Tensor, z2: Tensor, positive: Tensor, top: int = 10) -
 def knn_accuracy(train_z: Tensor, train_y: Tensor, test_z: Tensor, test_y: Tensor,
                  k: int = 200, temperature: float = 0.07) -> float:
     """Percent of test images whose k nearest training images vote for their class, by exp(s/temperature) each.
-    All vote where there are fewer. The protocol is the authors' (Wu et al., CVPR 2018)."""
+    Fewer than k: all vote. The protocol is the authors' (Wu et al., CVPR 2018)."""
     check_vectors(train_z=train_z, test_z=test_z)
     check_labels(train_y=(train_y, train_z), test_y=(test_y, test_z))
     require(k >= 1 and temperature > 0, "k must be at least 1, temperature above 0")
@@ -292,8 +291,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
     classes, label = torch.cat([train_y, test_y]).unique(return_inverse=True)  # labels may lie far apart
     train_y, test_y = label.split([len(train_y), len(test_y)])
     n_views, n, d = views.shape
-    # The problem is convex: 0 is as good a start as any, and needs no draw.
-    weight = views.new_zeros(len(classes), d, requires_grad=True)
+    weight = views.new_zeros(len(classes), d, requires_grad=True)  # convex: 0 is as good a start as any
     bias = views.new_zeros(len(classes), requires_grad=True)
     optimiser = torch.optim.SGD([weight, bias], lr=lr, momentum=momentum)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones), gamma)
@@ -313,7 +311,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """(n, dim), (m, dim) -> (n, m), in the precision of the vectors."""
+    """(n, dim), (m, dim) -> (n, m), in the precision of the vectors, whatever autocast a caller has set."""
     with matmul_precision(a.device):
         return a @ b.T
 
@@ -400,9 +398,8 @@ class ResNet18(nn.Module):
 
     def __init__(self, width: int = 64, dim: int = 128, bfloat16: bool = False):
         super().__init__()
-        stem = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         stages = (width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 8 * width, 2)
-        self.stem = nn.Sequential(*stem)
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.stages = nn.Sequential(*(nn.Sequential(Block(i, o, s), Block(o, o, 1)) for i, o, s in stages))
         self.head = nn.Linear(8 * width, dim)
         self.in_bfloat16 = bfloat16
@@ -712,17 +709,17 @@ class Config:
     loss: Literal["contrastive", "hard", "simple", "hard-simple", "triplet"] = "contrastive"  # [Eqs. 1, 3, 6, 9]
     tau: float | None = None  # temperature of contrastive and hard [paper, 5]; None: 0.3 [ours]
     dataset: str = "cifar10"  # or cifar100, svhn, waves (made by code), a folder with train/<class>, test/<class>
-    preset: Literal["paper", "narrow", "mini", "quick", "smoke"] = "paper"  # fills what is left open [ours]
+    preset: Literal["paper", "narrow", "mini", "quick", "smoke"] = "paper"  # fills the rest; none given: paper or mini
     seed: int = 0  # every draw of the training follows from it [paper: one run each]
     epochs: int = 200  # passes over the training images [paper, 5.1]
     batch_size: int = 128  # images of a step; the last step of an epoch may have fewer [paper, 5.1]
     size: int = 32  # height and width of the images, a multiple of 8 [paper, 5.1]
     width: int = 64  # channels of the first stage of ResNet-18 [paper, 5.1]
     dim: int = 128  # dimensions of the embedding [paper, 5.1]
-    lr: float = 0.03  # learning rate [paper, 5.1; the other presets': ours, by held-out labels]
+    lr: float = 0.03  # learning rate [paper, 5.1; mini's: ours, by held-out labels]
     momentum: float = 0.9  # of SGD [paper, 5.1]
     weight_decay: float = 5e-4  # of SGD, on all parameters [paper, 5.1]
-    schedule: Literal["step", "cosine"] = "step"  # the rate falls by gamma at the milestones, or as a cosine to 0
+    schedule: Literal["step", "cosine"] = "step"  # gamma at each milestone [paper], or a cosine to 0 [ours]
     milestones: tuple = (160, 190)  # in epochs, whatever `epochs` is; step schedule [paper, 5.1]
     gamma: float = 0.1  # factor at each milestone; step schedule [paper, 5.1]
     warmup: float = 0.0  # epochs over which the learning rate rises from 0 [ours]
@@ -755,7 +752,7 @@ class Config:
                 continue
             fits = isinstance(value, kinds) or (kinds[0] is float and type(value) is int)
             require(fits and value != "", f"{name} must be {kinds[0].__name__}, not {value!r}", BadInput)
-            if type(value) in (int, float):
+            if kinds[0] in (int, float) and value is not None:
                 least = "at least" if name in MAY_BE_0 else "above"
                 in_range = 1e-30 <= value < 2 ** 31 or (value == 0 and name in MAY_BE_0)
                 require(in_range, f"{name} must be {least} 0 and below 2^31, not {value}", BadInput)
@@ -812,7 +809,7 @@ def learning_rate(config: Config, at: float) -> float:
 
 
 def generator(*key) -> torch.Generator:
-    """Random numbers that depend on the key alone (seed, purpose, epoch, step): a run resumes exactly."""
+    """Random numbers that depend on the key alone (seed, purpose, epoch, step), so a run resumes with the same."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
@@ -944,8 +941,9 @@ class GraphedStep:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.loss = train_step(model, bank, optimiser, images, self.index, self.drawn, config)
         except RuntimeError as error:
-            hint = "" if re.search(NO_MEMORY, str(error)) else ": --no-graph launches a step kernel by kernel"
-            raise RuntimeError(f"cannot capture a step as one graph ({error}){hint}")
+            first = error.__context__ or error  # the end of a capture that has failed raises anew
+            hint = "" if re.search(NO_MEMORY, str(first)) else ": --no-graph launches a step kernel by kernel"
+            raise RuntimeError(f"cannot capture a step as one graph ({first}){hint}")
         self.began = time.perf_counter()
 
     def forecast(self) -> None:
@@ -978,7 +976,7 @@ def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.op
 @torch.no_grad()
 def centre_head(model: ResNet18, images: Tensor, config: Config) -> Tensor:
     """Set the head's bias so that its untrained outputs have zero mean; return them, (N, dim), not normalised.
-    Otherwise all images lie in one narrow cone (similarity 0.99), which a loss that pushes all negatives alike can
+    Otherwise all images lie in one narrow cone (similarity near 0.9), which a loss that pushes all negatives alike can
     hardly leave. The pass over augmented views, in training mode, also sets batch normalisation's statistics."""
     outputs = []
     for step, batch in enumerate(images.split(config.batch_size)):
@@ -1000,6 +998,7 @@ def embed(model: ResNet18, images: Tensor, view: Callable = lambda x: x.float() 
     parts = [model.features(normalise(view(batch))) for batch in progress(images.split(256), "embedding")]
     z = torch.cat([F.normalize(model.project(part), dim=1) for part in parts])
     model.train(training)
+    require((z.norm(dim=1) > 0.5).all(), "embeddings vanish or overflow", NotFinite)
     h = torch.cat(parts)
     return (h.cpu(), z.cpu()) if images.device.type == "mps" else (h, z)  # MPS lacks the metrics' float64
 
@@ -1024,7 +1023,7 @@ def evaluate(model: ResNet18, data: Data, config: Config, in_full: bool = True) 
     probe = functools.partial(linear_probe, lr=config.probe_lr, seed=config.seed)
     return metrics | {
         "accuracy": probe(h, train_y, test_h, test_y),  # learnt from plain and mirrored training images
-        # Of a fifth of the training images, by a probe that has not seen them: the number to choose a tau by.
+        # Of a fifth of the training images, whose labels this probe has not seen: the number to choose a tau by.
         "accuracy_heldout": probe(h[:, kept], train_y[kept], train_h[held_out], train_y[held_out]),
         "alignment": alignment(*views),  # of two augmented views of each test image
         # Of each plain test image, against one augmented view of every test image.
@@ -1095,7 +1094,8 @@ MEANING = {"accuracy": "linear probe, last epoch, %", "knn": "200 nearest, %", "
 def show(record: dict, path: Path) -> None:
     """The result, beside the paper's where the paper has that cell."""
     config, final = record["config"], record["final"]
-    paper = paper_values(config["dataset"], config["loss"], config["tau"])
+    departs = path.stem != f"{loss_name(config['loss'], config['tau'])}_seed{config['seed']}"  # from the preset
+    paper = {} if departs else paper_values(config["dataset"], config["loss"], config["tau"])
     say(f"{'':12}{'ours':>9}{'paper':>9}{'untrained':>12}")
     for key, meaning in MEANING.items():
         ours, untrained = ("-" if metrics[key] is None else f"{metrics[key]:.{2 if '%' in meaning else 3}f}"
@@ -1237,7 +1237,7 @@ def hold_lock(path: Path) -> filelock.AcquireReturnProxy:
 
 
 def environment(device: torch.device, bfloat16: bool, graph: bool) -> dict:
-    """Where a run is made. On CPUs digits agree where cpu, ONEDNN_MAX_CPU_ISA, threads and torch do."""
+    """Where a run is made. On CPUs digits agree where cpu, device, ONEDNN_MAX_CPU_ISA, threads and torch do."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere what Python knows
     cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

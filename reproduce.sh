@@ -119,7 +119,7 @@ shares="${SLURM_ARRAY_TASK_COUNT:-1}" first="${SLURM_ARRAY_TASK_MIN:-0}" share=$
 ((shares == ${SLURM_ARRAY_TASK_MAX:-0} - first + 1)) || stop "array with gaps: write a range, such as --array=0-7"
 
 [ -n "$dry" ] || ready || work set_up
-gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())' 2> /dev/null ||
+gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.is_available() * torch.cuda.device_count())' 2> /dev/null ||
     nvidia-smi -L 2> /dev/null | grep -c "^GPU" || :) # a plan before PyTorch is there
 slots=$([ "$gpus" -eq 0 ] || echo --process-slot-var=slot) # xargs of macOS has no slots
 if [ "$gpus" -gt 0 ]; then : "${preset:=paper}" "${jobs:=$gpus}"; else : "${preset:=mini}" "${jobs:=$(cores)}"; fi

@@ -163,25 +163,8 @@ def caption(runs: list[Run]) -> str:
             f"before training. Run with {'; '.join(machines)}.")
 
 
-def ladder(runs: list[Run]) -> str:
-    """Does the best tau move with longer training, or with a wider network? tau 0.3 less tau 0.07, seed by seed."""
-    lines = []
-    for name in dict.fromkeys(run.row[0] for run in runs if run.departs.keys() <= {"epochs", "width"}):
-        small, large = ({run.config["seed"]: run for run in runs if run.row == (name, tau)} for tau in (0.07, 0.3))
-        seeds = sorted(small.keys() & large.keys())
-        if seeds and name.startswith("contrastive"):
-            gains = [judge_bar({seed: (large[seed].final[key] - small[seed].final[key], 0) for seed in seeds}, 1, "", 2)
-                     for key in ("accuracy", "knn")]
-            config, gains = small[seeds[0]].config, [gain.effect.split(";")[0].strip() for gain in gains]
-            lines.append([config["epochs"], config["width"], len(seeds), *gains])
-    return markdown(["epochs", "width", "seeds", "accuracy at τ = 0.3 less that at 0.07 (95 % interval)",
-                     "the same of kNN"], sorted(lines))
-
-
 # ---------------------------------------------------------------------------------------------------------- verdicts
-# Where the paper gives no number for its words, these do: "competitive" is at most 1 point of accuracy worse, "much
-# worse" more than 2 (the authors' one repeated setting has a standard deviation of 0.30); "flat", and "nothing useful",
-# are at most a quarter of the ordinary loss's range or gain.
+# The bars of CLAIMS, where the paper has words and no number, are those of results/README.md.
 HOLDS, FAILS, NOT_RUN = "holds in the one seed", "fails in the one seed", "not run"
 RULES = "In brackets: 95 % intervals. results/README.md says how a verdict is found, and what it leaves out.\n"
 
@@ -479,7 +462,7 @@ def draw_penalty(figure, runs: list[Run], borne: set) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- READMEs
-MARKER = re.compile(r"(<!-- report: (costs|findings|(?:table|rows|effects|ladder) \S+ \S+) -->\n)"
+MARKER = re.compile(r"(<!-- report: (costs|findings|(?:rows|effects) \S+ \S+) -->\n)"
                     r".*?(<!-- /report -->)", re.DOTALL)
 COSTS = {"step_ms": ("the step, ms", 1), "network_ms": ("network alone", 1), "step_over_network": ("step / network", 3),
          "images_per_second": ("images/s", 0), "peak_memory_mib": ("MiB", 0), "training_hours": ("training, h", 1)}
@@ -550,9 +533,8 @@ def costs(folder: Path) -> str:
 
 def fill_in(path: Path, groups: dict) -> bytes:
     """A README with its parts between markers made anew."""
-    kinds = {"costs": lambda _: costs(path.parent), "effects": effects, "findings": findings, "ladder": ladder,
-             "rows": lambda runs: table(runs, rows_of(runs), path.parent),
-             "table": lambda runs: table(runs, [*TABLE_1, UNTRAINED])}
+    kinds = {"costs": lambda _: costs(path.parent), "effects": effects, "findings": findings,
+             "rows": lambda runs: table(runs, rows_of(runs), path.parent)}
 
     def part(found: re.Match) -> str:
         kind, *where = found[2].split()

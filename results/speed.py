@@ -29,7 +29,7 @@ import ctl
 def now(device: torch.device) -> float:
     """The time in milliseconds. A GPU runs behind the program: it is waited for."""
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+        torch.cuda.synchronize(device) if device.type == "cuda" else getattr(torch, device.type).synchronize()
     return 1000 * time.perf_counter()
 
 
@@ -181,8 +181,8 @@ def measure_evaluation(config: ctl.Config, N: int, device: torch.device) -> dict
     y, y_train = (torch.arange(n, device=place) % 10 for n in (len(z), N))
     metrics = lambda: (ctl.uniformity(z), ctl.tolerance(z, y))
     epoch = lambda: ctl.linear_probe(h, y_train, h[0, :10], y_train[:10], epochs=1, lr=config.probe_lr)
-    return {"uniformity_and_tolerance_of_10000_ms": milliseconds(place, metrics),
-            "probe_seconds": 100 * milliseconds(place, epoch) / 1000}  # it has 100 epochs
+    metrics_ms, epoch_ms = (min(milliseconds(place, work) for _ in range(2)) for work in (metrics, epoch))
+    return {"uniformity_and_tolerance_of_10000_ms": metrics_ms, "probe_seconds": 100 * epoch_ms / 1000}  # 100 epochs
 
 
 def measure(config: ctl.Config, seconds: float = 20.0) -> dict:
