@@ -164,7 +164,6 @@ def caption(runs: list[Run]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
-# The bars of CLAIMS, where the paper has words and no number, are those of results/README.md.
 HOLDS, FAILS, NOT_RUN = "holds in the one seed", "fails in the one seed", "not run"
 RULES = "In brackets: 95 % intervals. results/README.md says how a verdict is found, and what it leaves out.\n"
 
@@ -228,12 +227,8 @@ CLAIMS = {
 }
 
 
-class Finding(NamedTuple):
-    """What the records say of a claim."""
-    verdict: str
-    effect: str
-    of_each_seed: str
-    seeds: int
+# What the records say of a claim.
+Finding = NamedTuple("Finding", [("verdict", str), ("effect", str), ("of_each_seed", str), ("seeds", int)])
 
 
 def judge_bar(found: dict[int, tuple], sign: int, words: str, digits: int) -> Finding:
