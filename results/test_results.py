@@ -499,7 +499,7 @@ def test_the_findings_in_plain_words():
         [dilemma, both((dilemma.replace("7", "8"), dilemma)), sure], ["+1.1 points", both(["+1.1 points"] * 2), sure],
         [(simple := "simple loses 8.4 points; hard-simple: +1.6"), both([simple] * 2), sure],
         [hard(0.48, 0.03, 0.7), both((hard(0.48, 0.03, 1), hard(0.46, 0.12, 0.9))),  # 0.9 of 1, 0.7 and 1
-         both(("holds in the one seed", "more uniform: confirmed, 3 seeds; flat, with a larger best τ: undecided, "
+         both(("holds in the one seed", "more uniform: confirmed, 3 seeds; both flat and best at a larger τ: undecided, "
                "3 seeds"))],
         ["no number", both(("not run", "+1.1 points over the untrained network")),
          both(("not run", "confirmed, 3 seeds"))]]
