@@ -976,7 +976,7 @@ def make_model(config: Config, device: torch.device) -> tuple[ResNet18, torch.op
 @torch.no_grad()
 def centre_head(model: ResNet18, images: Tensor, config: Config) -> Tensor:
     """Set the head's bias so that its untrained outputs have zero mean; return them, (N, dim), not normalised.
-    Otherwise all images lie in one narrow cone (similarity near 0.9), which a loss that pushes all negatives alike can
+    Otherwise all images lie in one narrow cone, which a loss that pushes all negatives alike can
     hardly leave. The pass over augmented views, in training mode, also sets batch normalisation's statistics."""
     outputs = []
     for step, batch in enumerate(images.split(config.batch_size)):
