@@ -1237,7 +1237,7 @@ def hold_lock(path: Path) -> filelock.AcquireReturnProxy:
 
 
 def environment(device: torch.device, bfloat16: bool, graph: bool) -> dict:
-    """Where a run is made. On CPUs digits agree where cpu, device, ONEDNN_MAX_CPU_ISA, threads and torch do."""
+    """Where a run ends. On CPUs digits agree where cpu, device, ONEDNN_MAX_CPU_ISA, threads and torch do."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere what Python knows
     cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -1276,7 +1276,7 @@ def exit_status(name: str, work: Callable, *arguments) -> int:
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        words, status = "interrupted; the same command goes on from the last checkpoint, if there is one", 130
+        words, status = "interrupted; the same command goes on from the last checkpoint, but for --force", 130
     except BadInput as error:
         words, status = str(error), 2
     except filelock.Timeout as error:
