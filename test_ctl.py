@@ -745,7 +745,7 @@ def web(tmp_path, monkeypatch):
 
 def make_dataset(name, folder, monkeypatch):
     """A small dataset in the real format. Returns its images and labels, as load_dataset should give them."""
-    cls, draws, truth = ctl.DOWNLOADS[name], np.random.default_rng(0), []
+    cls, draws, truth = getattr(torchvision.datasets, name.upper()), np.random.default_rng(0), []
     base = folder / getattr(cls, "base_folder", "")
     base.mkdir(exist_ok=True)
     for part, n in (("train", 30), ("test", 20)):
@@ -769,7 +769,7 @@ def make_dataset(name, folder, monkeypatch):
     return truth
 
 
-@pytest.mark.parametrize("name", ctl.DOWNLOADS)
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
 def test_download(name, web, tmp_path, monkeypatch):
     truth, root = make_dataset(name, web.folder, monkeypatch), tmp_path / "data"
     data = ctl.load_dataset(name, str(root))
@@ -849,7 +849,7 @@ def test_folder(tmp_path, monkeypatch):
     assert ctl.load_folder(root).sha256() == data.sha256()  # what is hidden or no image is left out
     monkeypatch.setenv("HOME", str(tmp_path))
     smaller = Image.open(ant / "0.png").resize((16, 16), Image.Resampling.BILINEAR)  # Pillow's is antialiased
-    assert torch.equal(ctl.load_folder("~/pets", 16).train_images[0], pixels(smaller))
+    assert torch.equal(ctl.load_dataset("~/pets", size=16).train_images[0], pixels(smaller))
     (tmp_path / "link").symlink_to(root)
     assert ctl.load_folder(tmp_path / "link").name == "pets"  # the folder's own name counts
     for name, known in ((".cache", ".cache"), ("cifar10", "cifar10-folder"), ("waves", "waves-folder"),
@@ -1116,8 +1116,9 @@ def plain_network(c):
 
 
 def plain_views(c, images, *key, flip):
-    drawn = ctl.draw_augmentation(len(images), ctl.generator(c.seed, *key), c.size, flip)
-    return ctl.normalise(ctl.augment(images, drawn))
+    rng, parts = ctl.generator(c.seed, *key), images.split(256)  # as many as evaluation takes at a time
+    drawn = [ctl.draw_augmentation(len(part), rng, c.size, flip) for part in parts]
+    return ctl.normalise(torch.cat([*map(ctl.augment, parts, drawn)]))
 
 
 def plain_rate(c, at):
@@ -1181,7 +1182,7 @@ CHANGES = [
     (dict(width=3), {}, "start untrained trained"), (dict(precision="bfloat16"), {}, "start untrained trained"),
     (RANDOM, dict(seed=1), "start untrained trained"), (dict(device="cpu", graph=False, force=True), {}, ""),
     (dict(subset=30), RANDOM, "start untrained counts order trained"),
-    (dict(seed=1), RANDOM, "start untrained order views probe trained")]
+    (dict(seed=1), {}, "start untrained order views probe trained")]
 
 
 def tiny(**more):
@@ -1238,7 +1239,7 @@ def test_each_setting_reaches_what_it_sets(change, beside, parts):
     the usual one; the record's name says so; nobody else's draws change."""
     changed, usual, state = tiny(**{**beside, **change}), tiny(**beside), torch.get_rng_state()
     record, saved, found = watched(*{**beside, **change}.items())
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_float32_matmul_precision() == "highest"
     _, _, before = watched(*beside.items())
     assert {name for name in found if found[name] != before[name]} == set(parts.split())
     model, data = plain_network(changed), ctl.take_subset(waves(changed.size), changed)
@@ -1339,9 +1340,9 @@ def test_what_the_machine_decides(monkeypatch, cli):
 
 def test_take_subset():
     images, single, labels = torch.arange(90, dtype=torch.uint8), torch.arange(90), torch.arange(90) % 3
-    others, pairs, mini = (single * 7 + 2) % 3, single // 2, ctl.make_config("mini")
+    others, pairs, mini = (single * 7 + 2) % 3, single // 2, ctl.make_config("mini", seed=1)
     data, train, test = ctl.Data("my", images, labels, images, others), *map(ctl.balanced_order, [labels, others])
-    taken = ctl.take_subset(data, mini)  # 5,000 at most, and all of the test images
+    taken = ctl.take_subset(data, mini)  # 5,000 at most, and all of the test images; of each seed the same
     assert all(map(torch.equal, taken[1:], (images[train], labels[train], images[test], others[test])))
     for few in (data._replace(train_labels=labels[:9]), data._replace(test_labels=others[:9])):
         refused("my: at least 10 images", ctl.take_subset, few, mini, error=ctl.BadInput)
@@ -1364,8 +1365,8 @@ def test_which_tensors_each_metric_is_of(monkeypatch):
     data, profile = waves(16), []
     c = tiny(seed=3, probe_lr=0.7, loss="hard", tau=0.9, k=2, flip=False, precision="bfloat16", match_step=True, lr=9,
              momentum=0, weight_decay=0, bank_momentum=0.1, subset=12, test_subset=11, batch_size=7, eval_every=0)
-    train_y, test_y = (torch.arange(301) * 7) % 5, torch.arange(250) % 4
-    data = ctl.Data("mine", data.train_images[:301], train_y, data.test_images[:250], test_y)
+    train_y, test_y = (torch.arange(301) * 7) % 5, torch.arange(300) % 4
+    data = ctl.Data("mine", data.train_images[:301], train_y, data.test_images[:300], test_y)
     model, _ = ctl.make_model(tiny(), CPU)
     assert model.stages[0][0].conv1.weight.is_contiguous(memory_format=torch.channels_last)  # as the views are
     model(ctl.normalise(data.train_images / 255))  # its running means are not those of the start
@@ -1394,7 +1395,7 @@ def test_which_tensors_each_metric_is_of(monkeypatch):
         "uniformity": dict(z=test_z, t=2.0), "tolerance": dict(z=test_z, labels=test_y)}
     torch.testing.assert_close(dict(got, profile=profile[1:]), {
         **quick, "alignment": dict(z1=view_1, z2=view_2),
-        "profile": [dict(z=test_z, z2=view_1, positive=torch.arange(250), top=10)],
+        "profile": [dict(z=test_z, z2=view_1, positive=torch.arange(300), top=10)],
         "accuracy": dict(probe, train_h=h, train_y=train_y, test_h=test_h, test_y=test_y),
         "accuracy_heldout": dict(probe, train_h=h[:, kept], train_y=train_y[kept], test_h=train_h[held],
                                  test_y=train_y[held])})
@@ -1498,19 +1499,16 @@ hard-simple None   84.84 3.85 0.030    55.71 3.86 0.174    94.99 3.85 0.026
 def test_a_committed_record_is_what_the_code_gives(undisturbed):
     """A change of results can't pass unseen: on the kind of CPU that made the record to the last digit."""
     committed, ours = map(ctl.read_record, (HOME / "results" / f"{RUN}.json", undisturbed / RECORD))
-    keys, kind = ["config", "protocol_version", "data_sha256"], "cpu ONEDNN_MAX_CPU_ISA device threads torch".split()
+    kind = "cpu ONEDNN_MAX_CPU_ISA device threads torch".split()
     if all(ours["environment"][key] == committed["environment"][key] for key in kind):
-        keys += ["history", "final", "sha256"]
-    for key in keys:  # the images are the same on every CPU
-        assert ours[key] == committed[key], key
+        assert ours["sha256"] == committed["sha256"]  # of all but the clock and the machine
     # Another CPU rounds otherwise, and steps blow that up: after five, losses differ by per cents. What comes before
     # the first step does not; nor, much, the mean loss of the first epoch, whose rate rises from 0.
     for key, value in ours["final"]["untrained"].items():
         near = dict(abs=5.01) if key in ("accuracy", "accuracy_heldout", "knn") else dict(rel=1e-5)  # an image of 20
         assert value == pytest.approx(committed["final"]["untrained"][key], **near), key
     assert ours["history"][0]["loss"] == pytest.approx(committed["history"][0]["loss"], rel=0.02)
-    for entry, wanted in zip(ours["history"], committed["history"], strict=True):
-        assert entry.keys() == wanted.keys() and entry["lr"] == pytest.approx(wanted["lr"])
+    assert [entry.keys() for entry in ours["history"]] == [entry.keys() for entry in committed["history"]]
 
 
 def test_every_committed_record_is_whole_and_stands_where_it_belongs():
@@ -1518,10 +1516,12 @@ def test_every_committed_record_is_whole_and_stands_where_it_belongs():
     assert len(paths) > 80
     for path in paths:
         record = ctl.read_record(path)
-        config = ctl.Config(**record["config"])
-        assert record.keys() == KEYS and ctl.as_json(config.recorded()) == record["config"], path
+        c, history = ctl.Config(**record["config"]), record["history"]
+        assert record.keys() == KEYS and ctl.as_json(c.recorded()) == record["config"], path
         assert record["protocol_version"] == ctl.PROTOCOL_VERSION, path
-        assert Path("results", f"{ctl.run_path(config, config.dataset)}.json") == path.relative_to(HOME), path
+        assert Path("results", f"{ctl.run_path(c, c.dataset)}.json") == path.relative_to(HOME), path
+        assert c.dataset != "waves" or ctl.take_subset(waves(c.size), c).sha256() == record["data_sha256"], path
+        assert all(entry["lr"] == pytest.approx(ctl.learning_rate(c, entry["epoch"] - 1)) for entry in history), path
 
 
 # ------------------------------------------------------------------------------------------- interrupted, and going on
@@ -1970,7 +1970,7 @@ def run_of(out, *ways, stop=None, **config):
 @pytest.mark.parametrize("later, stop, ways, config", [
     (1, 1, (True, True), dict(loss="hard", tau=0.1, k=5)),
     (0, 1, (False, True), dict(loss="simple", momentum=0.0, weight_decay=0.0)),
-    (0, 1, (True, True), dict(loss="triplet")), (0, 2, (True, False), dict(loss="hard-simple")),
+    (0, 1, (True, True), dict(loss="triplet", bank_momentum=0.9)), (0, 2, (True, False), dict(loss="hard-simple")),
     (0, 2, (True, True), dict(match_step=True, bank_init="random", schedule="step", milestones=(1, 2)))], ids=str)
 def test_replayed_equals_step_by_step(later, stop, ways, config, graphs, monkeypatch):
     monkeypatch.setattr(ctl.GraphedStep, "WARM_UP", ctl.GraphedStep.WARM_UP + later)
