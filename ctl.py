@@ -6,15 +6,15 @@
     python ctl.py --help            # every setting with its source, and the presets
     bash reproduce.sh               # Table 1 on CIFAR and SVHN; then tables, verdicts and figures
 
-The contrastive loss pulls an image towards its own view and pushes it from all other images. It pushes the nearest
-of them hardest; the temperature tau says by how much. At small tau only the nearest negatives count: features spread
-evenly over the sphere (uniformity), and images that are alike are torn apart. At large tau all negatives count alike:
-images that are alike may stay together (tolerance), and the sphere is filled less evenly. No tau gives both. That is
-the uniformity-tolerance dilemma.
+The contrastive loss pulls a view of an image towards its other views (the positive) and pushes it from all other
+images (the negatives), from the nearest hardest; the temperature tau says by how much. At small tau only the nearest
+negatives count: features spread evenly over the sphere (uniformity), and images that are alike are torn apart. At
+large tau all count alike: images that are alike may stay together (tolerance), and the sphere is filled less evenly.
+No tau gives both. That is the uniformity-tolerance dilemma.
 
 Read from top to bottom; you may stop before room 8, which keeps files and reads flags.
 
-    1 Loss      Eqs. 1-9: the losses, their gradients in closed form
+    1 Loss      Eqs. 1-9: the losses; the contrastive loss's gradient in closed form
     2 Metrics   Eqs. 10 and 11, Fig. 8, kNN and the linear probe
     3 Memory    the bank of all N embeddings that an image is compared with
     4 Network   ResNet-18 for images of 32x32
@@ -85,7 +85,7 @@ progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a term
 #
 # Everything here is a function of s_ij = f(x_i)·g(x_j): embedding of anchor i times bank row of image j.
 # With d_ij = s_ij - s_ii, how far j is ahead of anchor i's own image, the paper's losses are three ways to
-# take the "typical" d of a row, from the hardest negative alone to all of them alike:
+# weigh the d of a row, from the hardest negative alone to all of them alike:
 #
 #     triplet       max_j d_ij                          tau -> 0         (Eq. 6 times tau)
 #     contrastive   tau · log sum_j exp(d_ij / tau)     any tau          (Eq. 1 times tau)
@@ -468,7 +468,7 @@ def load_download(name: str, root: Path) -> Data:
                             torch.as_tensor(files.labels if name == "svhn" else files.targets)]
     except Exception as error:  # of the file system, the network, the archive
         broken = root / getattr(DOWNLOADS[name], "base_folder", "*_32x32.mat")
-        raise BadInput(f"cannot load {name} ({error}): run the command again; if that does not help, remove "
+        raise BadInput(f"cannot load {name} ({error}): mend that, or run the command again; if it stays, remove "
                        f"{broken}, or put the files into {root} (--data), or give a --dataset: a folder, or waves")
     return Data(name, *tensors)
 
@@ -724,14 +724,14 @@ class Config:
     gamma: float = 0.1  # factor at each milestone; step schedule [paper, 5.1]
     warmup: float = 0.0  # epochs over which the learning rate rises from 0 [ours]
     bank_momentum: float = 0.5  # share of a bank row that an update keeps [authors' code]
-    bank_init: Literal["random", "embeddings"] = "random"  # [authors' code]; embeddings, see centre_head [ours]
+    bank_init: Literal["random", "embeddings"] = "random"  # [authors' code]; embeddings: the network's, centred [ours]
     k: int | None = None  # nearest negatives of the hard losses; None: the preset's, see NEGATIVES [paper, 5.2]
     subset: int | None = None  # train on at most that many images, of each class as many [ours]
     test_subset: int | None = None  # test on at most that many images, likewise [ours]
     flip: bool = True  # horizontal flips in pretraining; evaluation has them always [paper, not its code]
     match_step: bool = False  # multiply the loss by tau, so that the step does not grow as 1/tau [ours]
-    # Of the network; the loss has float32. auto: bfloat16 on a GPU that has it, else float32 (TF32 on a GPU) [ours]
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Of the network; the loss has float32. auto: bfloat16 on a GPU that has it, else float32 [ours]
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # a GPU may take TF32 in float32's convolutions
     probe_lr: float = 30.0  # of the linear probe [paper, 5.1]; 0.3 suits small widths [ours, by unused images]
     eval_every: int = 10  # epochs between two looks at kNN, uniformity, tolerance; 0: none [ours]
     # Where it runs; no part of the record.
@@ -1108,7 +1108,7 @@ def show(record: dict, path: Path) -> None:
 
 # ── 8  FILES AND COMMAND ─────────────────────────────────────────────────── nothing of the paper: you may stop here ──
 
-CHECKPOINT_SECONDS = 60.0  # at least so many between two checkpoints, each at an epoch's end
+CHECKPOINT_SECONDS = 60.0  # at least so many between two checkpoints, but for the last, each at an epoch's end
 
 
 def train(config: Config) -> dict:
@@ -1169,7 +1169,7 @@ def as_json(value):
 
 
 def record_sha256(record: dict) -> str:
-    """Hash of the record without timing and environment: equal for equal runs, and an edit by hand shows."""
+    """Hash of the record without timing and environment: equal for equal runs; an edit to the rest shows."""
     rest = {key: value for key, value in record.items() if key not in ("sha256", "timing", "environment")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -1199,7 +1199,7 @@ def load_checkpoint(path: str | Path) -> dict:
         require({"data_sha256", "run", "model", "bank", "optimiser"} <= state.keys(), "of another program, or older")
         return state
     except Exception as error:  # zipfile and torch.load raise many kinds on a damaged file
-        raise BadInput(f"cannot read the checkpoint {path} ({str(error)[:80]}): remove it, or begin anew with --force")
+        raise BadInput(f"cannot read the checkpoint {path} ({str(error)[:80]}): if there, remove it, or use --force")
 
 
 def check_same_run(path: Path, found: dict, wanted: dict) -> None:
@@ -1254,21 +1254,20 @@ def make_parser(name: str = "ctl.py", description: str | None = __doc__) -> argp
     """A flag for each field of Config. --help prints the fields as they stand above, and the presets."""
     fields = inspect.getsource(Config).split('"""')[2].split("    def ")[0]
     presets = "\n".join(f"    {preset}: {values}" for preset, values in PRESETS.items())
-    settings = f"Flags, such as --batch-size 64, --flip or --no-flip:\n{fields}\nThe presets change:\n{presets}"
+    settings = f"Flags (--lr 0.1, --no-flip):\n{fields}\nThe presets change:\n{presets}\nNEGATIVES: {NEGATIVES}"
     parser = argparse.ArgumentParser(name, argparse.SUPPRESS, (description or "").split("Read from")[0], settings,
                                      formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     for field, hint in get_type_hints(Config).items():
         options = {} if get_origin(hint) is Literal else dict(type=(get_args(hint) or (hint,))[0])
-        if hint is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        if hint is tuple:
-            options = dict(type=int, nargs="*")
-        parser.add_argument("--" + field.replace("_", "-"), default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+        if hint in (bool, tuple):
+            options = dict(type=int, nargs="*") if hint is tuple else dict(action=argparse.BooleanOptionalAction)
+        options |= dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{field.replace('_', '-')}", **options)
     return parser
 
 
 def exit_status(name: str, work: Callable, *arguments) -> int:
-    """Do the work; what goes wrong is one line on standard error. Returns 0: done, 1: failed, 2: wrong use or bad
+    """Do the work; a foreseen failure is one line on standard error. Returns 0: done, 1: failed, 2: wrong use or bad
     input, 3: another process is at work on the run, 130: interrupted."""
     try:
         work(*arguments)

@@ -96,7 +96,6 @@ def refused(word, f, *arguments, error=ValueError, **options):
 
 
 # --------------------------------------------------------------------------------------------------------------- 1 Loss
-
 taus = st.floats(-3, 4).map(lambda e: 10.0 ** e)
 ties = st.integers(-64, 64).map(lambda i: i / 64)
 free = st.floats(-1, 1)
@@ -386,8 +385,6 @@ def test_wrong_arguments_that_would_pass_unseen(name):
 
 
 # ------------------------------------------------------------------------------------------------------------ 2 Metrics
-
-
 def metric(name, **given): return METRICS[name][0](**{**METRICS[name][1], **given})
 def simplex(M): return F.normalize(torch.eye(M, dtype=torch.float64) - 1 / M, dim=1)
 
@@ -553,8 +550,6 @@ def test_options_that_do_not_fit_and_labels_far_apart():
 
 
 # -------------------------------------------------------------------------------------------------------- 3 Memory bank
-
-
 @given(st.integers(1, 9), st.integers(2, 6), st.sampled_from([0.0, 0.25, 0.9, 1.0, None]), st.integers(1, 5), seeds)
 @fewer
 def test_bank_updates(N, d, momentum, steps, seed):
@@ -596,8 +591,6 @@ def test_what_does_not_fit_the_bank():
 
 
 # ------------------------------------------------------------------------------------------------------------ 4 Network
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_network_is_torchvisions(training):
     torch.manual_seed(0)
@@ -683,8 +676,6 @@ def test_on_another_cpu(instructions, others):
 
 
 # --------------------------------------------------------------------------------------------------------------- 5 Data
-
-
 def test_what_waves_are():
     data, small = waves(), waves.__wrapped__(16, 40, 20)
     assert data.name == "waves" and [x.dtype for x in data[1:]] == 2 * [torch.uint8, torch.int64]
@@ -1012,7 +1003,6 @@ def test_only_cuda_copies_without_waiting(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ All rooms
-
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_nothing_comes_out_otherwise_in_any_context(context):
     # also of tensors that were made there, and of features that carry a graph
@@ -1050,7 +1040,6 @@ def test_examples_in_docstrings():
 
 
 # ------------------------------------------------------------------------------------------- helpers of rooms 6 to 8
-
 SMOKE = ["--preset", "smoke", "--tau", "0.3", "--threads", "1"]  # 3 epochs of 7 steps
 RUN = "smoke/waves/contrastive_tau0.3_seed0"
 RECORD, CHECKPOINT, LOCK = (Path("runs", f"{RUN}.{kind}") for kind in ("json", "pt", "lock"))
@@ -1161,7 +1150,6 @@ def plain_run(c, data):
 
 
 # ---------------------------------------------------------------------------------- every setting reaches what it sets
-
 TINY = dict(preset="smoke", tau=0.3, size=16, width=2, dim=8, subset=40, test_subset=30, batch_size=20, epochs=2,
             eval_every=1, threads=1)
 STEP, RANDOM = dict(schedule="step", milestones=(1, 2), epochs=3), dict(bank_init="random")
@@ -1358,7 +1346,6 @@ def test_take_subset():
 
 
 # ----------------------------------------------------------------------------------------- evaluation, and whole runs
-
 def test_which_tensors_each_metric_is_of(monkeypatch):
     """Every metric of `evaluate` returns what it is called with; of the settings only two arrive there."""
     assert inspect.signature(ctl.linear_probe).parameters["lr"].default == 30.0  # paper, section 5.1
@@ -1457,7 +1444,6 @@ def test_a_users_home(cli, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------- Table 1, and committed records
-
 def test_the_papers_numbers(capsys):
     for line in """\
 contrastive 0.07   79.75 3.86 0.04     51.82 3.86 0.10     92.55 3.88 0.032
@@ -1525,7 +1511,6 @@ def test_every_committed_record_is_whole_and_stands_where_it_belongs():
 
 
 # ------------------------------------------------------------------------------------------- interrupted, and going on
-
 def test_seconds_pace_and_checkpoints(cli, monkeypatch):
     """By a clock that only steps (20 s, then 100) and evaluations (1000 s) move. Seconds add up over what is kept;
     pace and time left go by the epochs of this process; a checkpoint comes when a minute has passed."""
@@ -1676,7 +1661,6 @@ def test_what_is_not_finite_is_not_saved(spoilt, cli, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------- what goes wrong
-
 def test_locks_and_folders(cli, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     Path("file").touch()

@@ -165,7 +165,7 @@ def caption(runs: list[Run]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
 HOLDS, FAILS, NOT_RUN = "holds in the one seed", "fails in the one seed", "not run"
-RULES = "In brackets: 95 % intervals. results/README.md says how a verdict is found, and what it leaves out.\n"
+RULES = "In brackets: 95 % intervals of the distance from the bar. How a verdict is found: results/README.md.\n"
 
 
 class Cells(dict):
@@ -338,7 +338,7 @@ def against_published(runs: list[Run], out: Path) -> str:
     machine = ("cpu", "device", "ONEDNN_MAX_CPU_ISA", "threads", "torch")  # where these agree, digits do
     here, there = ("; ".join(sorted({", ".join(f"{key} {pair[side]['environment'].get(key, '?')}" for key in machine)
                                      for pair in others})) for side in (0, 1))
-    same = all(ours[key] == theirs[key] for ours, theirs in others for key in ("config", "data_sha256"))
+    same = all(a[key] == b[key] for a, b in others for key in ("config", "data_sha256", "protocol_version"))
     reason = "another kind of CPU, or another torch, rounds otherwise, and training amplifies that"
     return (f"check: {len(others)} of {len(pairs)} records differ from the published ones; at most: {metrics}\n"
             f"  here:      {here}\n  published: {there}\n  {reason if same else 'their settings or images differ too'}")
@@ -509,9 +509,7 @@ def findings(groups: dict) -> str:
         papers = numbers([paper], claims, form) or "no number"
         lines.append([words, papers, "<br>".join(ours), "<br>".join(sure)])
     parts = [table(runs, {run.row for run in runs} & set(TABLE_1)) for runs in [tables.get("`paper`")] if runs]
-    notes = [f"{label}: {runs[0].config['dataset']}, {about(runs[0])}." for label, runs in tables.items()]
-    parts += [markdown(["the paper's claim", "the paper", "ours", "how sure"], lines), " ".join(notes)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, markdown(["the paper's claim", "the paper", "ours", "how sure"], lines)])
 
 
 def costs(folder: Path) -> str:
