@@ -146,5 +146,5 @@ export -f run_cell && export common more logs ended count gpus several="${datase
 work run_cells || failed=1
 busy=$(grep -c "^busy" "$ended" || :)
 [ "$busy" -eq "$count" ] || work .venv/bin/python results/report.py --out "$out" --preset "$preset" || failed=1
-[ "$busy" -eq 0 ] || echo "reproduce.sh: $busy of $count cells are missing, as another process runs them: call again when it has ended" >&2
+[ "$busy" -eq 0 ] || echo "reproduce.sh: another process runs $busy of $count cells: call again when it has ended" >&2
 exit "${failed:-$((busy ? 3 : 0))}"
