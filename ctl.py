@@ -605,7 +605,7 @@ def augment_at_once(images: Tensor, drawn: Augmentation) -> Tensor:
     x = shift_hue(x, drawn.factor[:, HUE])
     for place in range(1, 4):
         x = blend(x, drawn, place, place > hue_place)
-    return torch.where(drawn.grey[:, None, None, None], grey_of(x), x)
+    return torch.where(drawn.grey[:, None, None, None], transforms.functional.rgb_to_grayscale(x), x)
 
 
 def resize_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
@@ -616,17 +616,12 @@ def resize_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
     return (1 - (at[:, :, None] - pixel).abs()).clamp(min=0)
 
 
-def grey_of(x: Tensor) -> Tensor:
-    r, g, b = x.unbind(dim=1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b)[:, None]  # (B, 1, s, s)
-
-
 def blend(x: Tensor, drawn: Augmentation, place: int, active: Tensor) -> Tensor:
     """Blend towards black (brightness), mean grey (contrast) or each pixel's grey (saturation), where active."""
     operation = drawn.order[:, place]
     factor = drawn.factor.gather(1, operation[:, None])[:, 0]
     operation, factor = operation[:, None, None, None], torch.where(active, factor, 1.0)[:, None, None, None]
-    grey = grey_of(x)
+    grey = transforms.functional.rgb_to_grayscale(x)  # (B, 1, s, s)
     towards = torch.where(operation == SATURATION, grey, grey.mean(dim=(2, 3), keepdim=True))
     towards = torch.where(operation == BRIGHTNESS, 0.0, towards)
     return (factor * x).add_((1 - factor) * towards).clamp_(0, 1)  # in place: new memory costs more than the sums
@@ -828,8 +823,7 @@ def fit(config: Config, data: Data, checkpoint: Path, identity: dict) -> tuple[R
         batches = shuffled.to(device).split(config.batch_size)
         losses = torch.zeros(len(batches), device=device)  # a look at them would make a GPU wait
         for batch, index in enumerate(progress(batches, f"epoch {epoch + 1}")):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config, epoch + batch / len(batches))
+            optimiser.param_groups[0]["lr"] = learning_rate(config, epoch + batch / len(batches))
             rng = generator(config.seed, "views", epoch, batch)
             drawn = draw_augmentation(len(index), rng, config.size, config.flip)
             losses[batch] = step(model, bank, optimiser, images, index, drawn, config)
