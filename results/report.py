@@ -473,7 +473,7 @@ FINDINGS = (
      "simple loses {C4[0]:.1f} points; hard-simple: {C5[0]:+.1f}"),
     ("With the nearest negatives only (hard), features are more uniform, hardly change with τ, and a larger τ is "
      "best", {"C6": "more uniform", "C7": "both flat and best at a larger τ"},
-     "uniformity {C6[0]:+.2f} on average, range over τ {C7[0]:.2f}; best τ {C7[2]:.2g} on average, ordinary "
+     "uniformity {C6[0]:+.2f} on average, range over τ {C7[0]:.2f}; mean best τ {C7[2]:.2g}, ordinary "
      "{C7[3]:.2g}"),
     ("The hardest negative alone (the limit τ → 0) teaches nothing useful", {"C9": ""},
      "{C9[0]:+.1f} points over the untrained network"),

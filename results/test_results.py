@@ -493,7 +493,7 @@ def test_the_findings_in_plain_words():
     both = lambda numbers: "`narrow`: {}<br>`mini`: {}".format(*numbers)
     sure = both(("holds in the one seed", "confirmed, 3 seeds"))
     dilemma = "uniformity 3.86 → 2.96, tolerance 0.04 → 0.37"
-    hard = "uniformity +{} on average, range over τ {}; best τ {} on average, ordinary 0.3".format
+    hard = "uniformity +{} on average, range over τ {}; mean best τ {}, ordinary 0.3".format
     lines = [line.strip("| ").split(" | ")[1:] for line in report.findings(groups).splitlines()]
     assert lines[2:7] == [
         [dilemma, both((dilemma.replace("7", "8"), dilemma)), sure], ["+1.1 points", both(["+1.1 points"] * 2), sure],
