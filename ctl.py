@@ -6,11 +6,11 @@
     python ctl.py --help            # every setting with its source, and the presets
     bash reproduce.sh               # Table 1 on CIFAR and SVHN; then tables, verdicts and figures
 
-The contrastive loss pulls a view of an image towards its other views (the positive) and pushes it from all other
-images (the negatives), from the nearest hardest; the temperature tau says by how much. At small tau only the nearest
-negatives count: features spread evenly over the sphere (uniformity), and images that are alike are torn apart. At
-large tau all count alike: images that are alike may stay together (tolerance), and the sphere is filled less evenly.
-No tau gives both. That is the uniformity-tolerance dilemma.
+The contrastive loss pulls a view of an image towards that image's other views (the positive) and pushes it from all
+other images (the negatives), from the nearest hardest; the temperature tau says by how much. At small tau only the
+nearest negatives count: features spread evenly over the sphere (uniformity), and images that are alike are torn
+apart. At large tau all count alike: images that are alike may stay together (tolerance), and the sphere is filled
+less evenly. No tau gives both. That is the uniformity-tolerance dilemma.
 
 Read from top to bottom; you may stop before room 8, which keeps files and reads flags.
 
@@ -1102,7 +1102,7 @@ def show(record: dict, path: Path) -> None:
 
 # ── 8  FILES AND COMMAND ─────────────────────────────────────────────────── nothing of the paper: you may stop here ──
 
-CHECKPOINT_SECONDS = 60.0  # at least so many between two checkpoints, but for the last, each at an epoch's end
+CHECKPOINT_SECONDS = 60.0  # at least so many between two checkpoints, each at an epoch's end; the last comes at once
 
 
 def train(config: Config) -> dict:
@@ -1253,8 +1253,10 @@ def make_parser(name: str = "ctl.py", description: str | None = __doc__) -> argp
                                      formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     for field, hint in get_type_hints(Config).items():
         options = {} if get_origin(hint) is Literal else dict(type=(get_args(hint) or (hint,))[0])
-        if hint in (bool, tuple):
-            options = dict(type=int, nargs="*") if hint is tuple else dict(action=argparse.BooleanOptionalAction)
+        if hint is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        if hint is tuple:
+            options = dict(type=int, nargs="*")
         options |= dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         parser.add_argument(f"--{field.replace('_', '-')}", **options)
     return parser
