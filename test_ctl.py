@@ -1723,7 +1723,7 @@ def test_the_command_line(cli, capsys):
     hundred lines are wrong in one thing each; the complaint names it, and nothing is written."""
     out, source = cli("--help"), Path(ctl.__file__).read_text(encoding="utf-8").split("class Config:")[1]
     assert out.isascii() and out.startswith(ctl.__doc__[:60]) and ctl.make_parser("me", None)  # without docstrings
-    assert all(f"    {preset}: {values}\n" in out for preset, values in ctl.PRESETS.items())
+    assert all(f"    {name}: {values}\n" in out for name, values in ctl.PRESETS.items()) and str(ctl.NEGATIVES) in out
     lines = [line.split() for line in """--k 5|--k 0 --loss hard|--tau 0.3 --loss simple|--report|stray|--subset 10
         |--match-step --loss simple|--nonsense 1|--ta 0.3|-t 1|--alpha 0.1|--gamma 0.5|--milestones 3|--milestones 1.5
         |--size 20|--dataset|--device tpu9|--device cuda:99|--seed 99999999999999999999999|--momentum 1.1|--runs r
